@@ -177,7 +177,7 @@ def _state(page:str, params:dict) -> dict:
     made = {k: hash_file(p/"results.json") if (p/"results.json").exists() else hash_folder(p) for k, p in paths.items() if p.is_dir()}
     return {"page": page, "params": same, "code": code_hash(page), "made_from": made, "inputs": os.environ.get("RECAP_INPUTS")}
 
-# %% ../nbs/01_runs.ipynb #96642c96
+# %% ../nbs/01_runs.ipynb #c300e9d9
 _OURS = (".lock", ".launch", ".stale", "page.ipynb", "log.txt", "begun.json")
 
 def _differences(old:dict, new:dict) -> list[str]:
@@ -196,7 +196,7 @@ def _prepare(out:Path, state:dict) -> bool: # True if nothing of an earlier run 
     said = _differences(read_json(begun), state) if begun.exists() else []
     if said and rest:
         if any(p.is_dir() and (p/"begun.json").exists() for p in rest): raise RecapError(f"{out} holds the folders of other stages: choose another `out`")
-        print(f"{state['page']}: {'; '.join(said)}. Starting anew; the old files are in {out/'.stale'} until this run has ended.")
+        print(f"{state['page']}: {'; '.join(said)}. Starting anew; the old files wait in .stale until this run has ended.")
         shutil.rmtree(out/".stale", ignore_errors=True); (out/".stale").mkdir()
         for p in rest: p.rename(out/".stale"/p.name)
     if said or not begun.exists(): write_json(begun, state)
@@ -321,7 +321,7 @@ def _scrub(path:Path) -> None:
     if clean != text:
         with atomic_write(path, "w") as f: f.write(clean)
 
-# %% ../nbs/01_runs.ipynb #25b0abb3
+# %% ../nbs/01_runs.ipynb #5cad6d57
 def launch(
     page:str,            # a stage page's name
     params:dict,         # parameters that differ from the page's defaults
@@ -339,19 +339,24 @@ def launch(
         orders = {"parent": os.getpid(), "page": str(page_path(page)), "to": str(out/"page.ipynb"), "params": params,
                   "cwd": str(project_root()/"nbs")}
         digest = hashlib.sha256("".join(hash_file(p) for p in inputs).encode()).hexdigest()[:16] if inputs else ""
+        threads = str(params.get("threads") or "")
+        env = {"RECAP_INPUTS": digest, "OMP_NUM_THREADS": threads}
         with open(out/"log.txt", "w") as log:
             code = "from recap.runs import _child; _child()"
             done = subprocess.run([sys.executable, "-c", code], input=json.dumps(orders), text=True, stdout=log,
-                stderr=subprocess.STDOUT, env=os.environ | ({"RECAP_INPUTS": digest} if digest else {}))
+                stderr=subprocess.STDOUT, env=os.environ | {k: v for k, v in env.items() if v})
         for name in ("page.ipynb", "log.txt"): _scrub(out/name)
         if done.returncode or not (out/"results.json").exists(): raise RecapError(_why(page, out, done.returncode))
     finally: unlock_folder(out, ".launch")
     return out/"results.json"
 
-# %% ../nbs/01_runs.ipynb #ee116472
+# %% ../nbs/01_runs.ipynb #bfc95be8
 def _why(page:str, out:Path, code:int) -> str:
     "One line on why a stage failed, from the end of its log."
-    lines = (out/"log.txt").read_text(encoding="utf8", errors="replace").strip().split("\n")
+    text = (out/"log.txt").read_text(encoding="utf8", errors="replace").strip()
+    lines = text.split("\n")
+    if "No space left on device" in text[-4000:] or shutil.disk_usage(out).free < 2**20:
+        return f"stage {page} failed: disk full while writing in {out}: free some space and start again, what was finished is kept"
     told = lines[-1].removeprefix("failed: ") if lines[-1].startswith("failed: ") else \
         f"killed by signal {-code}" if code < 0 else "the page never called run.finish" if code == 0 else lines[-1]
     return f"stage {page} failed: {told} (log: {out/'log.txt'})"
