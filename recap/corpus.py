@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'CAPTION_SCHEMA', 'WRITERS', 'SHARD_SCHEMA', 'TRUTH_SCHEMA', 'BadImage', 'sniff', 'to_rgb',
-           'centre_square', 'decode_image', 'index_tar', 'Source', 'Sample', 'Fault', 'work_ahead',
-           'write_caption_table', 'caption_note', 'Corpus', 'TarCorpus', 'tar_sources', 'read_metadata', 'read_sidecar',
-           'list_folder', 'folder_texts', 'FolderCorpus', 'CorpusConfig', 'world_sample', 'pack_tar', 'pack_parquet',
-           'world_shard', 'world_version', 'world_state', 'settle', 'draw_shard', 'draw_shards', 'make_world',
-           'toy_corpus', 'open_corpus', 'inspect_corpus']
+           'fit_square', 'decode_image', 'index_tar', 'Source', 'Sample', 'Fault', 'work_ahead', 'write_caption_table',
+           'caption_note', 'Corpus', 'TarCorpus', 'tar_sources', 'read_metadata', 'read_sidecar', 'list_folder',
+           'folder_texts', 'FolderCorpus', 'CorpusConfig', 'world_sample', 'pack_tar', 'pack_parquet', 'world_shard',
+           'world_version', 'world_state', 'settle', 'draw_shard', 'draw_shards', 'make_world', 'toy_corpus',
+           'open_corpus', 'inspect_corpus']
 
 # %% ../nbs/04_corpus.ipynb #bab5310a
 import csv, hashlib, importlib, inspect, io, json, multiprocessing, os, shutil, tarfile, tempfile
@@ -57,22 +57,25 @@ def to_rgb(
         im = Image.alpha_composite(Image.new("RGBA", im.size, (*background, 255)), im)
     return im.convert("RGB")
 
-# %% ../nbs/04_corpus.ipynb #5c049916
-def centre_square(
-    im:Image.Image, # RGB
-    size:int,       # side of the result, pixels
+# %% ../nbs/04_corpus.ipynb #f8942a38
+def fit_square(
+    im:Image.Image,  # RGB
+    size:int,        # side of the result, pixels
+    fit:str="crop",  # "crop": the largest central square; "squash": all of it
 ) -> Image.Image:
-    "The largest central square, resized to `size` x `size`."
+    "Resize to `size` x `size`."
     if im.size == (size, size): return im
+    if fit == "squash": return im.resize((size, size), Image.Resampling.BICUBIC)
     w, h = im.size
     side = min(w, h)
     left, top = (w - side)//2, (h - side)//2
-    return im.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=3.0)
+    return im.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
 
-# %% ../nbs/04_corpus.ipynb #22391a99
+# %% ../nbs/04_corpus.ipynb #67dd8d7d
 def decode_image(
     data:bytes,                 # a file in any format that Pillow reads
-    size:int=None,              # side of the central square; None: as it is
+    size:int=None,              # side of the square wanted; None: as it is
+    fit:str="crop",             # how it becomes a square: "crop" or "squash"
     max_pixels:int=80_000_000,  # refuse larger ones unseen
 ) -> Image.Image:               # RGB, upright, first frame; raises BadImage with the reason
     "Turn the bytes of a file into an RGB picture, or say why not."
@@ -85,7 +88,7 @@ def decode_image(
         if size: im.draft(None, (2*size, 2*size))
         im.load()
         im = to_rgb(ImageOps.exif_transpose(im))
-        return centre_square(im, size) if size else im
+        return fit_square(im, size, fit) if size else im
     except BadImage: raise
     except UnidentifiedImageError: raise BadImage("not an image") from None
     except Image.DecompressionBombError as e: raise BadImage("too large", str(e)) from None
@@ -206,18 +209,19 @@ class Corpus:
     def fault(self, shard, key, reason, detail=""): self._faults[shard, key] = Fault(shard, key, reason, detail)
     def warn(self, text): self._warnings[text] = True
 
-# %% ../nbs/04_corpus.ipynb #13def389
+# %% ../nbs/04_corpus.ipynb #b470d95e
 @patch
 def read_shard(self:Corpus,
     shard:str,      # one of .shards
-    size:int=None,  # side of the central square; None: as it is
+    size:int=None,  # side of the square wanted; None: as it is
     threads:int=0,  # decode ahead in so many threads
     depth:int=64,   # pictures held ready at most
+    fit:str="crop", # how they become squares: "crop" or "squash"
 ) -> Iterator[Sample]:
     "The pictures of a shard, in its order; what cannot be read goes to `faults`."
     if shard not in self.shards: raise RecapError(f"{self.path} has no shard {shard!r}{nearest(shard, self.shards)}; it has {len(self.shards)}")
     def one(source):
-        try: return source, decode_image(source.read(), size)
+        try: return source, decode_image(source.read(), size, fit)
         except BadImage as e: return source, e
         except OSError as e: return source, BadImage("unreadable", str(e))
     for source, image in work_ahead(one, self.sources(shard), threads, depth):
@@ -349,7 +353,7 @@ def tar_sources(
         for key in sorted(lost): corpus.fault(shard, key, "listed, not in the tar")
     return found
 
-# %% ../nbs/04_corpus.ipynb #52b6235c
+# %% ../nbs/04_corpus.ipynb #d89b4f1a
 def read_metadata(
     path:Path,       # metadata.jsonl, .csv or .parquet
 ) -> dict[str, str]: # file name relative to it -> text
@@ -358,7 +362,7 @@ def read_metadata(
         if path.suffix == ".csv":
             with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f))
         elif path.suffix == ".parquet": rows = pq.read_table(path).to_pylist()
-        else: rows = [json.loads(l) for l in path.read_text(encoding="utf-8-sig").splitlines() if l.strip()]
+        else: rows = [json.loads(l) for l in path.read_text(encoding="utf-8-sig").split("\n") if l.strip()]
         names = [str(r["file_name"]) for r in rows]
     except (ValueError, KeyError, TypeError, OSError, pa.ArrowException, csv.Error) as e:
         raise RecapError(f"{path}: cannot be read as captions, each row needs file_name and text ({type(e).__name__}: {e})") from None
@@ -461,7 +465,7 @@ class CorpusConfig(Config):
 
 WRITERS = {"ssc": short_caption, "dsc": descriptive_caption}
 
-# %% ../nbs/04_corpus.ipynb #9642d3b6
+# %% ../nbs/04_corpus.ipynb #8261bc89
 def world_sample(
     cfg:CorpusConfig, # what world
     index:int,        # number of the scene in the corpus
@@ -470,7 +474,8 @@ def world_sample(
     scene = sample_scene(cfg.seed, index, cfg.world, cfg.split)
     png = io.BytesIO()
     render(scene, cfg.size).save(png, "PNG")
-    caption = alt_text(scene, keyed_rng(cfg.seed, "alt", cfg.split, index))
+    stranger = sample_scene(cfg.seed, index + 1, cfg.world, cfg.split)  # whose text a mixed-up picture gets
+    caption = alt_text(scene, keyed_rng(cfg.seed, "alt", cfg.split, index), other=stranger)
     return scene, png.getvalue(), dict(caption=caption, url=f"sprite-world:{cfg.split}/{cfg.seed}/{index}", status="success", error_message=None,
         width=cfg.size, height=cfg.size, original_width=cfg.size, original_height=cfg.size, exif="{}", sha256=hashlib.sha256(png.getvalue()).hexdigest())
 
