@@ -115,7 +115,7 @@ def make(
     made = make_world(CorpusConfig.from_dict(dict(n=n, size=size, seed=seed, truth_styles=truth_styles)), out)
     print(json.dumps(made, indent=1, default=str))
 
-# %% ../nbs/28_command.ipynb #f03faf05
+# %% ../nbs/28_command.ipynb #790379fe
 @corpus_app.command()
 def inspect(
     path:Path=typer.Argument(help="shards, an imagefolder, a folder of images, or one image"),
@@ -134,12 +134,15 @@ def relabel(
     out:Path=typer.Option(None, help="folder for the captions; needed unless PATH is a corpus of this project"),
     captioner:str=typer.Option("", help="folder of a captioner; empty: the small one tuned for the style"),
     batch_size:int=typer.Option(64),
+    overwrite:bool=typer.Option(False, help="replace captions that another captioner wrote"),
+    json_:bool=typer.Option(False, "--json", help="for programs"),
 ):
     "Write captions for every picture; pictures are never changed."
-    from recap.relabel import relabel_path
-    for line in relabel_path(path.expanduser().absolute(), style, out and out.expanduser().absolute(), captioner, batch_size): print(line)
+    from recap.relabel import relabel_path, summary
+    done = relabel_path(path.expanduser().absolute(), style, out and out.expanduser().absolute(), captioner, batch_size, overwrite)
+    print(json.dumps(done, indent=1, ensure_ascii=False, default=str) if json_ else summary(done))
 
-# %% ../nbs/28_command.ipynb #87924fa2
+# %% ../nbs/28_command.ipynb #812d3619
 @app.command()
 def caption(
     images:list[Path]=typer.Argument(help="picture files"),
@@ -147,16 +150,14 @@ def caption(
     captioner:str=typer.Option("", help="folder of a captioner"),
 ):
     "Caption pictures and print the captions."
-    from recap.relabel import default_captioner
-    from recap.captioner import Captioner
-    from recap.corpus import BadImage, decode_image
     pictures = []
+    from recap.corpus import BadImage, decode_image
     for p in images:
         if not p.is_file(): raise RecapError(f"{p} is not a file; `recap relabel` captions a folder")
         try: pictures.append(decode_image(p.read_bytes()))
         except BadImage as e: raise RecapError(f"{p} is not a picture that can be read: {e.reason}") from None
-    model = Captioner.from_pretrained(resolve_path(captioner) if captioner else default_captioner(style))
-    for p, text in zip(images, model.caption(pictures, style=style)): print(f"{p}: {text}")
+    from recap.relabel import Scribe, ask, check_styles
+    for p, row in zip(images, ask(Scribe(captioner, check_styles(style)[0]), pictures, style)): print(f"{p}: {row['caption']}")
 
 # %% ../nbs/28_command.ipynb #4cb6561e
 @app.command()

@@ -1,0 +1,67 @@
+# Everything is set up in .venv at the root; a target installs what it needs, once.
+#   make study [SCALE=cpu]   the whole path, ending with runs/<scale>/report.html
+#   make test                all tests, the pages among them
+SCALE ?= cpu
+CORES ?= 0
+PYTHON ?= python3
+BIN := .venv/bin
+RECAP := $(BIN)/recap
+
+.PHONY: help study smoke foundation test test-all bench lab readme export clean-runs
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make study [SCALE=cpu|smoke]  run what is missing of a study and write its report"
+	@echo "make test                     the tests (pages with their default parameters among them)"
+	@echo "make test-all                 the long ones too: many kills, big corpora"
+	@echo "make foundation               train the small foundation weights again"
+	@echo "make bench                    the benchmarks, as a table"
+	@echo "make lab                      open the pages in JupyterLab"
+	@echo "make export                   pages -> recap/, cleaned (what a commit needs)"
+	@echo "make readme                   README.md from nbs/index.ipynb"
+
+# one stamp for each set of packages; a change of pyproject.toml installs again
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "recap needs Python 3.11 or newer: make PYTHON=python3.11 ..."'
+	$(PYTHON) -m venv .venv
+
+.venv/installed-core: pyproject.toml | $(BIN)/python
+	@echo "installing the packages into .venv (once, some minutes)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+.venv/installed-%: pyproject.toml | $(BIN)/python
+	@echo "installing the packages for '$*' into .venv (once, some minutes)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[$*]"
+	@touch $@ .venv/installed-core
+
+study: .venv/installed-core
+	@$(RECAP) study --scale $(SCALE) --cores $(CORES)
+
+smoke:
+	@$(MAKE) --no-print-directory study SCALE=smoke
+
+foundation: .venv/installed-core
+	@$(RECAP) study --scale foundation --cores $(CORES)
+
+test: .venv/installed-dev
+	@$(BIN)/python -m pytest
+
+test-all: .venv/installed-dev
+	@$(BIN)/python -m pytest -m "slow or not slow"
+
+bench: .venv/installed-dev
+	@$(BIN)/python -m benchmarks
+
+lab: .venv/installed-lab
+	@cd nbs && ../$(BIN)/jupyter lab
+
+export: .venv/installed-dev
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+readme: .venv/installed-dev
+	$(BIN)/python docs/readme.py
+
+clean-runs:
+	rm -rf runs
