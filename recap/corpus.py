@@ -39,7 +39,7 @@ def sniff(
     if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")): return "HTML page"
     return ""
 
-# %% ../nbs/04_corpus.ipynb #b3b6eb8d
+# %% ../nbs/04_corpus.ipynb #09e3848b
 def to_rgb(
     im:Image.Image,                  # any Pillow mode
     background=(255, 255, 255),      # what shows where the picture is transparent
@@ -49,9 +49,7 @@ def to_rgb(
         a = np.nan_to_num(np.asarray(im, dtype=np.float32))
         top = 65535 if im.mode.startswith("I;16") else next(t for t in (1, 255, 65535, a.max()) if a.max() <= t)
         im = Image.fromarray((a.clip(0, top)/top*255).astype(np.uint8))
-    if im.mode == "LAB":
-        from PIL import ImageCms
-        return ImageCms.profileToProfile(im, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    if im.mode == "La": im = im.convert("LA")
     if im.has_transparency_data:
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, (*background, 255)), im)
