@@ -39,7 +39,7 @@ def captioner_folder(
     if not path.is_dir(): raise RecapError(f"captioner {source} is no folder; give one with open_clip_config.json, or nothing for the foundation's")
     return path
 
-# %% ../nbs/12_relabel.ipynb #94698b28
+# %% ../nbs/12_relabel.ipynb #c054a79c
 class Scribe:
     "A captioner with an identity; weights are read when they are needed."
     def __init__(self,
@@ -65,7 +65,7 @@ class Scribe:
     @cached_property
     def captioner(self):
         if self.object: return self.object
-        from recap.captioner import Captioner
+        from recap.decode import Captioner
         return Captioner.from_pretrained(self.folder)
 
 # %% ../nbs/12_relabel.ipynb #3787974a
