@@ -6,18 +6,17 @@
 __all__ = ['TEXTS', 'Question', 'ask', 'picture_seeds', 'paint', 'through_vae', 'EvaluateConfig', 'score', 'evaluate_text',
            'summarise', 'evaluate', 'weights_of']
 
-# %% ../nbs/22_evaluate.ipynb #4c847def
+# %% ../nbs/22_evaluate.ipynb #addca19a
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .core import Config, RecapError, foundation, image_grid, keyed_numpy, keyed_rng, resolve_path, set_threads, write_json
+from .core import Config, RecapError, foundation, keyed_numpy, keyed_rng, resolve_path, write_json
 from .corpus import open_corpus
 from .language import descriptive_caption, one_way, people_prompt, read_facts
 from .metrics import clip_score, true_prompt_rank
-from .runs import begin
 from .scorers import ClipScorer, Detector
 from .statistics import bootstrap_mean, bootstrap_ratio
 from .world import KINDS, render

@@ -11,17 +11,14 @@ __all__ = ['TEXT_TITLES', 'TOY_PAINTERS', 'READABLE', 'MARGIN', 'ALPHA', 'PAIRS'
            'caption_blocks', 'our_order', 'paper_rows', 'score_table', 'cost_rows', 'cost_sentence', 'provenance_rows',
            'render_report', 'study_results', 'ReportConfig', 'report']
 
-# %% ../nbs/26_results.ipynb #370639d8
+# %% ../nbs/26_results.ipynb #d2413a2f
 import base64, html, io, math, re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from .blend import RECIPES
-from .core import Config, RecapError, atomic_write, image_grid, keyed_rng, project_root, read_json, resolve_path, write_json
+from .core import Config, RecapError, atomic_write, keyed_rng, project_root, read_json, resolve_path, time_text, write_json
 from .corpus import open_corpus
-from .runs import begin
 from .statistics import bootstrap_mean, bootstrap_ratio, holm, paired_difference
 from .world import COLOURS, KINDS, PLACES, Scene, Thing, nouns, render, visible_facts
 
@@ -280,7 +277,7 @@ def headline(
     return (f"{start}: tuned on 95 % descriptive captions it paints {points(best.mean)} % of what {n} held-out descriptive prompts ask for, "
             f"tuned on alt-text {points(base.mean)} %. That is {points(d.diff, True)} points (95 % interval {points(d.lo, True)} to {points(d.hi, True)}).")
 
-# %% ../nbs/26_results.ipynb #9d3c0844
+# %% ../nbs/26_results.ipynb #f557b31b
 _INK, _LINE, _PAPER = "#010203", "#040506", "#070809"            # stand-ins, replaced by the page's colours
 _ARM = [f"#0a0b{i:02x}" for i in range(6)]
 
@@ -304,7 +301,6 @@ def svg_of(
 
 def _axes(width:float, height:float):
     "An empty figure in the page's colours; sizes in inches."
-    import matplotlib
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width, height), layout="constrained")
     ax = fig.add_subplot()
@@ -506,12 +502,11 @@ def score_table(study:dict, text:str, kinds:list, seed:int=0) -> dict:
     count = f"{prompts} prompts, {len(some)//max(prompts, 1)} picture{'s' if len(some) > prompts else ''} each"
     return dict(title=TEXT_TITLES[text], rows=rows, count=count, ranked=ranked, chance=f"{100/ranked:.0f} %")
 
-# %% ../nbs/26_results.ipynb #6bc9bf70
+# %% ../nbs/26_results.ipynb #f94b1c7a
 STAGES = ("corpus", "pairs", "prompts", "tune_", "relabel", "captions", "latents", "train_", "evaluate_")
 
 def cost_rows(study:dict) -> list:
     "Time and memory of each stage, in the order of the pipeline."
-    from recap.core import time_text
     order = lambda s: next((i for i, p in enumerate(STAGES) if s.startswith(p)), len(STAGES))
     timed = [(s, v["run"]["seconds"], v["run"].get("peak_memory_mb")) for s, v in study.items() if "seconds" in v["run"]]
     top = max((t for _, t, _ in timed), default=1)
@@ -520,7 +515,6 @@ def cost_rows(study:dict) -> list:
 
 def cost_sentence(rows:list) -> str:
     "What the study cost, in one sentence."
-    from recap.core import time_text
     total, most = sum(r["seconds"] for r in rows), max(rows, key=lambda r: r["mb"])
     memory = f" No stage held more than {most['memory']} ({most['name']})." if most["mb"] else ""
     return f"{len(rows)} stages took {time_text(total)} one after the other, as measured in this run; waiting and start-up are not in it.{memory}"
