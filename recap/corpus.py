@@ -7,13 +7,13 @@ __all__ = ['IMAGE_SUFFIXES', 'CAPTION_SCHEMA', 'WRITERS', 'SHARD_SCHEMA', 'TRUTH
            'fit_square', 'decode_image', 'index_tar', 'Source', 'Sample', 'Fault', 'work_ahead', 'write_caption_table',
            'caption_note', 'Corpus', 'TarCorpus', 'tar_sources', 'read_metadata', 'read_sidecar', 'list_folder',
            'folder_texts', 'FolderCorpus', 'CorpusConfig', 'world_sample', 'pack_tar', 'pack_parquet', 'world_shard',
-           'world_version', 'world_state', 'settle', 'draw_shard', 'draw_shards', 'make_world', 'toy_corpus',
-           'open_corpus', 'inspect_corpus']
+           'world_version', 'world_state', 'settle', 'draw_part', 'start_part', 'draw_shards', 'make_world',
+           'toy_corpus', 'open_corpus', 'inspect_corpus']
 
-# %% ../nbs/04_corpus.ipynb #bab5310a
-import csv, hashlib, importlib, inspect, io, json, multiprocessing, os, shutil, tarfile, tempfile
+# %% ../nbs/04_corpus.ipynb #ca84c7ea
+import csv, hashlib, inspect, io, json, os, shutil, subprocess, sys, tarfile, tempfile
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Iterator
@@ -549,23 +549,42 @@ def settle(
         for p in ("truth", "captions"): shutil.rmtree(out/p, ignore_errors=True)
     write_json(out/"world.json", wanted)
 
-# %% ../nbs/04_corpus.ipynb #f8a34097
-def draw_shard(settings:dict, out:Path, number:int) -> str:
-    "What a process of its own is asked to do: one shard."
-    return world_shard(CorpusConfig(**settings), out, number)
+# %% ../nbs/04_corpus.ipynb #23d89699
+def draw_part():
+    "What a process of its own does: read its orders, draw its shards, tell the name of each."
+    orders = json.loads(sys.stdin.read())
+    die_with_parent(orders["parent"])
+    try:
+        for number in orders["numbers"]: print(world_shard(CorpusConfig(**orders["config"]), Path(orders["out"]), number), flush=True)
+    except RecapError as e: print(f"error: {e}", flush=True)
+
+def start_part(cfg:CorpusConfig, out:Path, numbers:list) -> subprocess.Popen:
+    "Start a process that draws some shards."
+    package = str(Path(inspect.getfile(inspect.unwrap(render))).parents[1])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH")))), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", "from recap.corpus import draw_part; draw_part()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    process.stdin.write(json.dumps(dict(parent=os.getpid(), config=cfg.to_dict(), out=str(out.absolute()), numbers=numbers)))
+    process.stdin.close()
+    return process
 
 def draw_shards(
     cfg:CorpusConfig, # what world; .workers processes
     out:Path,         # folder of the corpus
     numbers:list,     # of the shards
 ) -> Iterator[str]:   # their names, in order
-    "Draw shards, here or in processes of their own."
-    if cfg.workers < 2 or len(numbers) < 2: yield from (world_shard(cfg, out, i) for i in numbers); return
-    draw = importlib.import_module("recap.corpus").draw_shard  # the library's: a new process knows no notebook
-    with ProcessPoolExecutor(min(cfg.workers, len(numbers)), mp_context=multiprocessing.get_context("spawn"), initializer=die_with_parent) as pool:
-        yield from pool.map(draw, *zip(*[(cfg.to_dict(), out, i) for i in numbers]))
+    "Draw shards, here or in processes of their own, which deal them out like cards."
+    n = min(cfg.workers, len(numbers))
+    if n < 2: yield from (world_shard(cfg, out, i) for i in numbers); return
+    parts = [start_part(cfg, out, numbers[i::n]) for i in range(n)]
+    try:
+        for i, number in enumerate(numbers):
+            said = parts[i % n].stdout.readline().strip()
+            if said != f"{number:05d}": raise RecapError(said.removeprefix("error: ") or f"the process that was drawing shard {number:05d} of {out} was killed; start again, what is finished is kept")
+            yield said
+    finally:
+        for p in parts: p.kill(); p.wait(); p.stdout.close()
 
-# %% ../nbs/04_corpus.ipynb #2ae23244
+# %% ../nbs/04_corpus.ipynb #cc459a29
 def make_world(
     cfg:CorpusConfig,     # what world
     out,                  # folder of the corpus
@@ -577,7 +596,7 @@ def make_world(
     settle(cfg, out, overwrite)
     shards = range(-(-cfg.n//cfg.shard_size))
     todo = [i for i in shards if not (out/f"{i:05d}_stats.json").exists()]
-    for _ in progress(draw_shards(cfg, out, todo), total=len(todo), desc="drawing shards"): pass
+    for _ in progress(draw_shards(cfg, out, todo), len(todo), "drawing shards"): pass
     corpus = open_corpus(out)
     for s in cfg.styles: corpus.manifest(s, {"style": s, "captioner": {"name": "truth", "hash": world_version()}, "settings": {}, "complete": True, "images": corpus.size})
     captions = {s: list(corpus.captions(s).values()) for s in corpus.styles()}
