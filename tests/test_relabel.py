@@ -7,7 +7,7 @@ from PIL import Image
 
 from recap.core import RecapError, project_root
 from recap.corpus import CorpusConfig, make_world, open_corpus
-from recap.relabel import relabel, relabel_files, relabel_path
+from recap.relabel import relabel, relabel_path, summary
 
 REAL = Path(os.environ["RECAP_REAL"]) if os.environ.get("RECAP_REAL") else None
 real = pytest.mark.skipif(REAL is None, reason="RECAP_REAL names no folder of real files")
@@ -162,40 +162,40 @@ def photos(folder, n=3):
 def test_a_folder_of_photographs(tmp_path):
     source = photos(tmp_path/"in")
     before = tree(source)
-    done = relabel_files(source, "dsc", tmp_path/"out", Fake())
+    done = relabel_path(source, "dsc", tmp_path/"out", Fake())
     rows = [json.loads(l) for l in (tmp_path/"out"/"metadata.jsonl").read_text().splitlines()]
     assert [r["file_name"] for r in rows] == ["photo0.jpg", "photo1.jpg", "photo2.jpg"] and all(r["text"].startswith("picture") for r in rows)
     gone = [json.loads(l) for l in (tmp_path/"out"/"quarantine.jsonl").read_text().splitlines()]
     assert {r["file_name"]: r["reason"] for r in gone} == {"gone.jpg": "HTML page", "empty.png": "empty file"}
     assert done["images"] == 3 and tree(source) == before
     told = tree(tmp_path/"out")
-    relabel_files(source, "dsc", tmp_path/"out", Fake())          # nothing to do, the same files
+    relabel_path(source, "dsc", tmp_path/"out", Fake())          # nothing to do, the same files
     assert tree(tmp_path/"out") == told
 
 
 def test_a_new_photograph_is_captioned(tmp_path):
     source = photos(tmp_path/"in")
-    relabel_files(source, "dsc", tmp_path/"out", Fake())
+    relabel_path(source, "dsc", tmp_path/"out", Fake())
     Image.new("RGB", (9, 9)).save(source/"new.png")
-    assert relabel_files(source, "dsc", tmp_path/"out", Fake())["images"] == 4
+    assert relabel_path(source, "dsc", tmp_path/"out", Fake())["images"] == 4
 
 
 def test_mistakes_are_one_line(tmp_path):
     (tmp_path/"void").mkdir()
     source = photos(tmp_path/"in", 1)
-    for call, said in [(lambda: relabel_files(tmp_path/"void", "dsc", tmp_path/"o", Fake()), "no images"), (lambda: relabel_files(tmp_path/"none", "dsc", tmp_path/"o", Fake()), "does not exist"),
-                       (lambda: relabel_files(source, "dsc", None, Fake()), "--out"), (lambda: relabel_files(source, "dsc", source, Fake()), "never changed"),
-                       (lambda: relabel_files(source, "dsc", tmp_path/"o", "no/such/weights"), "no/such/weights")]:
+    for call, said in [(lambda: relabel_path(tmp_path/"void", "dsc", tmp_path/"o", Fake()), "no images"), (lambda: relabel_path(tmp_path/"none", "dsc", tmp_path/"o", Fake()), "does not exist"),
+                       (lambda: relabel_path(source, "dsc", None, Fake()), "--out"), (lambda: relabel_path(source, "dsc", source, Fake()), "never changed"),
+                       (lambda: relabel_path(source, "dsc", tmp_path/"o", "no/such/weights"), "no/such/weights")]:
         with pytest.raises(RecapError, match=said) as e: call()
         assert "\n" not in str(e.value)
 
 
 @real
 def test_real_shards_and_files(tmp_path):
-    shards = relabel_files(REAL/"img2dataset", "dsc", tmp_path/"shards", Fake())
+    shards = relabel_path(REAL/"img2dataset", "dsc", tmp_path/"shards", Fake())
     assert (shards["images"], shards["skipped"]) == (195, []) and not (tmp_path/"shards"/"metadata.jsonl").exists()
     assert len(open_corpus(REAL/"img2dataset", tmp_path/"shards"/"captions").captions("dsc")) == 195
-    edge = relabel_files(REAL/"pillow-edge", "dsc", tmp_path/"edge", Fake())
+    edge = relabel_path(REAL/"pillow-edge", "dsc", tmp_path/"edge", Fake())
     assert edge["images"] + len(edge["skipped"]) == 11 and edge["images"] >= 6
 
 
@@ -213,7 +213,7 @@ def tiny(tmp_path_factory):
 def test_weights_from_a_folder(tiny, tmp_path):
     from recap.decode import Captioner
     source = photos(tmp_path/"in")
-    lines = relabel_path(source, "dsc", tmp_path/"out", tiny)
+    lines = summary(relabel_path(source, "dsc", tmp_path/"out", tiny)).split("\n")
     assert "3 images captioned in dsc" in lines[0] and sum("Sprite World" in l for l in lines) == 1
     assert any("gone.jpg" in l for l in lines) and any("empty.png" in l for l in lines)
     corpus = open_corpus(source, tmp_path/"out"/"captions")

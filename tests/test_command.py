@@ -1,0 +1,95 @@
+"The command line: quick, plain, one line for a mistake."
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, borrow, one_line, recap
+
+
+def best_of(n, code):
+    def once():
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        return time.perf_counter() - began
+    return min(once() for _ in range(n))
+
+
+def test_help_and_import_are_quick():
+    bare = best_of(3, "pass")
+    assert best_of(5, "import recap") - bare < 0.5
+    assert best_of(5, "import sys; sys.argv = ['recap', '--help']\nfrom recap.command import main\ntry: main()\nexcept SystemExit: pass") - bare < 1.0
+
+
+def test_the_command_starts_without_heavy_libraries():
+    code = "import sys, recap.command\nprint(sorted({'torch', 'numpy', 'pandas', 'pyarrow', 'diffusers', 'open_clip', 'papermill', 'snakemake'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_every_command_has_help():
+    top = recap(ROOT, "--help").stdout
+    for c in ("study", "stage", "world", "corpus", "relabel", "caption", "sample", "results"):
+        assert f"  {c} " in top
+    for args in (["study"], ["stage"], ["world", "make"], ["corpus", "inspect"], ["relabel"], ["caption"], ["sample"], ["results"]):
+        assert "Usage: recap" in recap(ROOT, *args, "--help").stdout
+
+
+needs = lambda *modules: pytest.mark.skipif(any(importlib.util.find_spec(f"recap.{m}") is None for m in modules), reason=f"pages missing: {modules}")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory): return borrow(tmp_path_factory.mktemp("command"))
+
+
+def test_unknown_words(root):
+    one_line(recap(root, "stduy"), "stduy")
+    one_line(recap(root, "study", "--sclae", "cpu"), "sclae")
+    one_line(recap(root, "study", "cpu"), "--scale")
+    one_line(recap(root, "study", "--scale", "cpuu"), "did you mean 'cpu'")
+    one_line(recap(root, "stage", "17_trian"), "there is no page")
+    one_line(recap(root, "results", "--scale", "smoke"), "has no results yet")
+
+
+@needs("corpus")
+def test_folders_that_hold_nothing(root, tmp_path):
+    (tmp_path/"empty").mkdir()
+    one_line(recap(root, "corpus", "inspect", tmp_path/"none"), "none")
+    one_line(recap(root, "corpus", "inspect", tmp_path/"empty"), "empty")
+
+
+@needs("corpus", "world", "language")
+def test_world_make_and_inspect(root, tmp_path):
+    done = recap(root, "world", "make", "--n", 6, "--out", tmp_path/"w", "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(recap(root, "corpus", "inspect", tmp_path/"w", "--json").stdout)
+    assert seen["images"] == 6
+    one_line(recap(root, "world", "make", "--n", 6, "--out", tmp_path/"w"), "not an empty folder")
+
+
+@needs("relabel", "captioner")
+def test_relabel_mistakes(root, tmp_path):
+    (tmp_path/"empty").mkdir()
+    one_line(recap(root, "relabel", tmp_path/"none", "--style", "dsc", "--out", tmp_path/"o"), "none")
+    one_line(recap(root, "relabel", tmp_path/"empty", "--style", "dsc", "--out", tmp_path/"o"), "empty")
+    one_line(recap(root, "relabel", tmp_path/"empty", "--style", "d/sc", "--out", tmp_path/"o"), "style")
+    one_line(recap(root, "relabel", tmp_path/"empty", "--style", "dsc", "--captioner", tmp_path/"none", "--out", tmp_path/"o"))
+    assert not (tmp_path/"o").exists()
+
+
+@needs("finetune")
+@pytest.mark.skipif(not (ROOT/"data/foundation/captioner").is_dir(), reason="foundation weights missing: captioner")
+def test_a_corpus_without_captions(root, tmp_path):
+    done = recap(root, "world", "make", "--n", 8, "--out", tmp_path/"w")
+    assert done.returncode == 0, done.stderr
+    one_line(recap(root, "stage", "10_finetune", "-p", f"corpus={tmp_path/'w'}", "-p", "style=dsc", "--out", tmp_path/"o"), "dsc")
+
+
+def test_debug_shows_the_traceback(root):
+    code = "import recap.command as c\n@c.app.command()\ndef broken(): raise KeyError('inner')\nc.sys.argv = ['recap', 'broken']\nc.main()"
+    plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert plain.returncode == 1 and plain.stderr.count("\n") == 1 and "RECAP_DEBUG=1" in plain.stderr
+    import os
+    loud = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"RECAP_DEBUG": "1"})
+    assert "Traceback" in loud.stderr
