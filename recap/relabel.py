@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['default_captioner', 'captioner_folder', 'Scribe', 'ask', 'in_batches', 'relabel_shard', 'prepare_column',
            'finish_column', 'check_styles', 'find_scribes', 'relabel', 'write_file_captions', 'knows_only_sprites',
-           'relabel_files', 'summary', 'relabel_path', 'RelabelConfig', 'run_relabel']
+           'relabel_path', 'summary', 'RelabelConfig', 'run_relabel']
 
 # %% ../nbs/12_relabel.ipynb #acb01fb4
 import inspect, itertools, json, re
@@ -212,12 +212,12 @@ def write_file_captions(
     with atomic_write(out/"quarantine.jsonl", "w") as f: f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
     return rows
 
-# %% ../nbs/12_relabel.ipynb #85cb8d02
+# %% ../nbs/12_relabel.ipynb #b246b6a7
 def knows_only_sprites(scribe:Scribe) -> bool:
     "Is this one of the small captioners, which were trained on Sprite World alone?"
     return scribe.folder is not None and (scribe.view[0] or 1000) <= 64
 
-def relabel_files(
+def relabel_path(
     path,                 # folder of images, folder of img2dataset shards, one image or one tar
     styles="dsc",         # names, separated by commas
     out=None,             # folder for the results; only shards can do without
@@ -226,7 +226,7 @@ def relabel_files(
     overwrite:bool=False, # replace columns that another captioner wrote
     threads:int=2,        # that decode
 ) -> dict:                # images, empty, skipped, files written, warnings; see summary
-    "Caption a folder of photographs or shards, with a file of captions and one of faults."
+    "Caption a folder of photographs or shards; what `recap relabel` runs."
     styles = check_styles(styles)
     corpus = open_corpus(path, Path(out)/"captions" if out else None)
     if corpus.kind != "img2dataset":
@@ -242,9 +242,9 @@ def relabel_files(
                 captioners={s: scribe.identity for s, scribe in scribes.items()}, skipped=skipped, warnings=corpus.warnings,
                 files=[str(f) for f in files], sprites_only=small)
 
-# %% ../nbs/12_relabel.ipynb #6e597dfb
+# %% ../nbs/12_relabel.ipynb #e38b328c
 def summary(
-    done:dict,    # from relabel_files
+    done:dict,    # from relabel_path
     names:int=20, # skipped files to name at most
 ) -> str:         # a few lines for a terminal
     "Tell what a relabelling did."
@@ -257,10 +257,6 @@ def summary(
     said.append(f"written: {', '.join(done['files'])}")
     if done["sprites_only"]: said.append("note: this small captioner was trained on Sprite World only, so its words for photographs are wrong; give a captioner of your own with --captioner")
     return "\n".join(said)
-
-def relabel_path(path, styles="dsc", out=None, captioner="", batch_size:int=64, overwrite:bool=False) -> list[str]:
-    "What `recap relabel` runs: `relabel_files`, told in lines for a terminal."
-    return summary(relabel_files(path, styles, out, captioner, batch_size, overwrite)).split("\n")
 
 # %% ../nbs/12_relabel.ipynb #0dba13c1
 @dataclass(frozen=True)
