@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['cache_pictures', 'cache_texts', 'CacheConfig', 'build_cache', 'Cache', 'load_cache']
 
-# %% ../nbs/14a_cache.ipynb #6b91512a
+# %% ../nbs/14a_cache.ipynb #d6748dea
 import dataclasses, json
 from pathlib import Path
 import numpy as np
 import torch
-from .core import Config, RecapError, atomic_write, foundation, hash_folder, progress
+from .core import Config, RecapError, atomic_write, foundation, hash_folder, progress, resolve_path
 from .corpus import open_corpus
 from .latents import encode, load_vae
 from .text import TextEncoder
@@ -52,7 +52,7 @@ def cache_texts(corpus, shard, style, columns, encoder, text_hash, out):
     _save(path, {"values": torch.cat(parts) if parts else torch.zeros(0, encoder.width, dtype=torch.half), "lengths": lengths}, made_by=made_by)
     return True
 
-# %% ../nbs/14a_cache.ipynb #7e04e7ce
+# %% ../nbs/14a_cache.ipynb #86e9e15f
 @dataclasses.dataclass(frozen=True)
 class CacheConfig(Config):
     "What to encode, and with which encoders."
@@ -68,7 +68,7 @@ def build_cache(
 ) -> dict:             # counts and sizes
     "Encode what is missing or out of date; the rest is left as it is."
     corpus = open_corpus(cfg.corpus)
-    vae_path, text_path = Path(cfg.vae) if cfg.vae else foundation("vae"), Path(cfg.text) if cfg.text else foundation("text")
+    vae_path, text_path = (resolve_path(p) if p else foundation(name) for name, p in (("vae", cfg.vae), ("text", cfg.text)))
     vae, encoder = load_vae(vae_path), TextEncoder.from_pretrained(text_path)
     hashes = {"vae": hash_folder(vae_path), "text": hash_folder(text_path)}
     styles = [s.strip() for s in cfg.styles.split(",") if s.strip()]

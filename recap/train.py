@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CaptionDraw', 'recipe_loss', 'Painter', 'TrainConfig', 'start_unet', 'train_arm']
 
-# %% ../nbs/17_train.ipynb #4a059528
+# %% ../nbs/17_train.ipynb #6b0dda16
 import dataclasses
 from pathlib import Path
 import numpy as np
 import torch
 from .blend import blend_styles, parse_recipe
 from .cache import load_cache
-from .core import Config, RecapError, foundation, hash_folder, keyed_numpy, keyed_torch, read_json, write_json
+from .core import Config, RecapError, foundation, hash_folder, keyed_numpy, keyed_torch, read_json, resolve_path, write_json
 from .denoiser import denoise, make_unet, tune_attention
 from .diffusion import euler, flow_loss, guided
 from .fit import FitConfig, fit
@@ -83,7 +83,7 @@ class Painter:
             out.append(decode(self.vae, z))
         return np.concatenate(out)
 
-# %% ../nbs/17_train.ipynb #ac93b942
+# %% ../nbs/17_train.ipynb #6fa7aae5
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
     "One arm of the study."
@@ -108,18 +108,18 @@ def start_unet(cfg, cache):
     "The denoiser to train: a base, or a new one."
     from diffusers import UNet2DConditionModel
     if not cfg.base: return make_unet(cfg.unet, cache.latents.shape[1], cache.latents.shape[2], cache.empty.shape[-1])
-    path = foundation("denoiser") if cfg.base == "foundation" else Path(cfg.base)
+    path = foundation("denoiser") if cfg.base == "foundation" else resolve_path(cfg.base)
     if not (path/"unet"/"config.json").exists(): raise RecapError(f"base={cfg.base!r}: no arm in {path}")
     return tune_attention(UNet2DConditionModel.from_pretrained(path/"unet", torch_dtype=torch.float32))
 
-# %% ../nbs/17_train.ipynb #84eea86b
+# %% ../nbs/17_train.ipynb #3c22f65e
 def train_arm(
     cfg:TrainConfig,
     out:Path,             # folder of the arm and its checkpoints
     seed:int=0,
 ) -> dict:                # loss at the end, samples seen, share of each column
     "Train one arm and save it."
-    home = Path(cfg.encoded)
+    home = resolve_path(cfg.encoded)
     cache, recipe = load_cache(home), parse_recipe(cfg.recipe)
     missing = [s for s in recipe.shares if s not in cache.captions]
     if missing: raise RecapError(f"recipe {cfg.recipe!r} reads {', '.join(missing)}, which {home} does not hold (it has: {', '.join(cache.captions)})")
