@@ -20,19 +20,19 @@ corpus_app = typer.Typer(help="Image-caption corpora on disk.", **_plain)
 app.add_typer(world_app, name="world")
 app.add_typer(corpus_app, name="corpus")
 
-# %% ../nbs/28_command.ipynb #5608528f
+# %% ../nbs/28_command.ipynb #35f4dcb5
 STOPPED = "interrupted; what was finished is kept, the same command continues"
 
 def run_command(
     args:list[str], # what stands after `recap`
 ) -> int:           # exit code: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 130 interrupted
     "Run one command and turn whatever happens into a line and an exit code."
-    try: return app(args, prog_name="recap", standalone_mode=False) or 0
+    try:
+        code = app(args, prog_name="recap", standalone_mode=False) or 0
+        if code != 130: return code
+        said = STOPPED
     except RecapError as e: said, code = str(e), 2
     except (KeyboardInterrupt, typer.Abort): said, code = STOPPED, 130
-    except typer.Exit as e:
-        if e.exit_code != 130: return e.exit_code
-        said, code = STOPPED, 130
     except BrokenPipeError: return 0
     except Exception as e:
         if os.environ.get("RECAP_DEBUG") == "1": raise
