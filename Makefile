@@ -3,11 +3,13 @@
 #   make test                all tests, the pages among them
 SCALE ?= cpu
 CORES ?= 0
+# tests at the same time, one thread each; JOBS=0 runs them one after the other
+JOBS ?= 2
 PYTHON ?= python3
 BIN := .venv/bin
 RECAP := $(BIN)/recap
 
-.PHONY: help study smoke foundation test test-all bench lab readme export clean-runs
+.PHONY: help study smoke foundation publish test test-all bench lab readme export clean-runs
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +17,7 @@ help:
 	@echo "make test                     the tests (pages with their default parameters among them)"
 	@echo "make test-all                 the long ones too: many kills, big corpora"
 	@echo "make foundation               train the small foundation weights again"
+	@echo "make publish                  copy what make foundation trained to data/foundation"
 	@echo "make bench                    the benchmarks, as a table"
 	@echo "make lab                      open the pages in JupyterLab"
 	@echo "make export                   pages -> recap/, cleaned (what a commit needs)"
@@ -44,14 +47,17 @@ smoke:
 foundation: .venv/installed-core
 	@$(RECAP) study --scale foundation --cores $(CORES)
 
+publish: .venv/installed-core
+	@$(BIN)/python workflow/publish.py
+
 test: .venv/installed-dev
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 test-all: .venv/installed-dev
-	@$(BIN)/python -m pytest -m "slow or not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "slow or not slow"
 
 bench: .venv/installed-dev
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
 lab: .venv/installed-lab
 	@cd nbs && ../$(BIN)/jupyter lab

@@ -1,0 +1,48 @@
+"""Copy the weights of `make foundation` to data/foundation, in half precision, with a manifest: `make publish`.
+
+Do this only when they are better than what is there: every edition stays in the repository's history for ever."""
+import shutil
+from pathlib import Path
+
+from recap.core import RecapError, hash_folder, project_root, read_json, write_json
+
+# data/foundation/NAME <- runs/foundation/FOLDER, trained by STAGE
+WEIGHTS = {"vae": ("vae/vae", "vae"), "text": ("text/text", "text"), "captioner": ("captioner", "captioner"),
+           "clip_scorer": ("scorers/clip_scorer", "scorers"), "detector": ("scorers/detector", "scorers"), "denoiser": ("denoiser", "denoiser")}
+KEEP = {".safetensors", ".json"}
+RECORDS = {"run.json", "results.json", "begun.json"}
+
+
+def halve(path: Path):
+    "Store float32 tensors as float16."
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    with safe_open(path, "pt") as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+    save_file({k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}, path, meta)
+
+
+def publish():
+    root = project_root()
+    manifest_path = root/"data/foundation/manifest.json"
+    manifest = read_json(manifest_path) if manifest_path.exists() else {}
+    for name, (folder, stage) in WEIGHTS.items():
+        source, target, record = root/"runs/foundation"/folder, root/"data/foundation"/name, root/"runs/foundation"/stage
+        if not (record/"results.json").exists(): print(f"{name}: {record} is not finished, left as it is"); continue
+        if not source.is_dir(): raise RecapError(f"{source} does not exist: the stage {stage} should have made it")
+        shutil.rmtree(target, ignore_errors=True)
+        for f in sorted(p for p in source.rglob("*") if p.suffix in KEEP and p.name not in RECORDS and not p.relative_to(source).parts[0].startswith((".", "checkpoint"))):
+            to = target/f.relative_to(source)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(f, to)
+            if to.suffix == ".safetensors": halve(to)
+        run = read_json(record/"run.json")
+        made = {k: run.get(k) for k in ("page", "params", "seconds", "machine", "versions", "revision")}
+        made["params"] = {k: v for k, v in run["params"].items() if k not in ("out", "threads")}
+        size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
+        manifest[name] = made | {"hash": hash_folder(target), "megabytes": round(size/2**20, 2), "licence": "Apache-2.0", "quality": read_json(record/"results.json")}
+        print(f"{name}: {size/2**20:.1f} MB, {manifest[name]['hash']}")
+    write_json(manifest_path, manifest)
+
+
+if __name__ == "__main__": publish()
