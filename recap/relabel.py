@@ -167,7 +167,7 @@ def find_scribes(
         given[s] = made[key]
     return given
 
-# %% ../nbs/12_relabel.ipynb #255d24d2
+# %% ../nbs/12_relabel.ipynb #8dcc4dcb
 def relabel(
     corpus,               # a Corpus, or what open_corpus takes
     captioner="",         # object with caption_rows, folder of weights, or a dict of these by style; "": the foundation's
@@ -188,7 +188,8 @@ def relabel(
         for style, scribe in scribes.items(): prepare_column(corpus, style, scribe, overwrite)
         missing = {shard: [s for s in scribes if not corpus.has_captions(s, shard)] for shard in corpus.shards}
         missing = {shard: todo for shard, todo in missing.items() if todo}
-        work = (n for shard, todo in missing.items() for n in relabel_shard(corpus, shard, {s: scribes[s] for s in todo}, batch_size, threads))
+        work = (n for shard, todo in missing.items()
+                for n in relabel_shard(corpus, shard, {s: scribes[s] for s in todo}, batch_size, threads))
         total = sum(-(-len(corpus.sources(shard))//batch_size) for shard in missing)
         for _ in progress(work, total=total, desc="captioning, batches"): pass
         return {style: finish_column(corpus, style, scribe) for style, scribe in scribes.items()}
@@ -212,7 +213,7 @@ def write_file_captions(
     with atomic_write(out/"quarantine.jsonl", "w") as f: f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
     return rows
 
-# %% ../nbs/12_relabel.ipynb #b246b6a7
+# %% ../nbs/12_relabel.ipynb #26a2eea6
 def knows_only_sprites(scribe:Scribe) -> bool:
     "Is this one of the small captioners, which were trained on Sprite World alone?"
     return scribe.folder is not None and (scribe.view[0] or 1000) <= 64
@@ -233,7 +234,7 @@ def relabel_path(
         if not out: raise RecapError(f"{path} is a folder of images, which is never changed; say where the captions go with --out")
         if Path(out).resolve() == corpus.root.resolve(): raise RecapError(f"--out {out} is the folder of the images, which is never changed; choose another")
     scribes = find_scribes(captioner, styles)
-    made = relabel(corpus, scribes, styles, batch_size=batch_size, overwrite=overwrite, threads=threads)
+    made = relabel(corpus, scribes, styles, None, batch_size, overwrite, threads)
     home = Path(out) if out else corpus.folder
     skipped = write_file_captions(corpus, styles, home)
     files = [home/"captions"/s for s in styles] + [home/f for f in ("metadata.jsonl", "quarantine.jsonl") if (home/f).exists()]

@@ -6,7 +6,8 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
 
 from recap.core import RecapError
-from recap.corpus import BadImage, CorpusConfig, decode_image, index_tar, inspect_corpus, make_world, open_corpus, to_rgb, write_caption_table
+from recap.corpus import CorpusConfig, index_tar, inspect_corpus, make_world, open_corpus, write_caption_table
+from recap.pictures import BadImage, decode_image, to_rgb
 
 REAL = Path(os.environ["RECAP_REAL"]) if os.environ.get("RECAP_REAL") else None
 real = pytest.mark.skipif(REAL is None, reason="RECAP_REAL names no folder of real files")
