@@ -6,14 +6,14 @@
 __all__ = ['TEXTS', 'Question', 'ask', 'picture_seeds', 'paint', 'through_vae', 'EvaluateConfig', 'score', 'evaluate_text',
            'summarise', 'evaluate', 'weights_of']
 
-# %% ../nbs/22_evaluate.ipynb #addca19a
+# %% ../nbs/22_evaluate.ipynb #07d08870
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .core import Config, RecapError, foundation, keyed_numpy, keyed_rng, resolve_path, write_json
+from .core import Config, RecapError, foundation, keyed_numpy, keyed_rng, pick_device, resolve_path, write_json
 from .corpus import open_corpus
 from .language import descriptive_caption, one_way, people_prompt, read_facts
 from .metrics import clip_score, true_prompt_rank
@@ -39,25 +39,24 @@ def _question(index:int, key:tuple, scene, visible:set, seed:int) -> Question:
                "descriptive": descriptive_caption(scene, keyed_rng(seed, "descriptive", *key), bank="people")}
     return Question(index, key, scene, prompts, {t: sorted(one_way(read_facts(p).facts & visible)) for t, p in prompts.items()})
 
-# %% ../nbs/22_evaluate.ipynb #31588458
+# %% ../nbs/22_evaluate.ipynb #df31dace
 def ask(
     truth:dict, # (shard, key) -> (scene, visible facts), from a corpus made with split="test"
     n:int,      # questions wanted
     seed:int=0, # of the phrasing
 ) -> tuple:     # list of `Question`, number of scenes passed over
     "The first `n` held-out scenes as questions; the same ones for every model."
-    asked, seen, passed = [], set(), 0
+    asked, passed = [], 0
     for key in sorted(truth):
         if len(asked) == n: break
         q = _question(len(asked), key, *truth[key], seed)
-        if all(q.facts.values()) and not seen & set(q.prompts.values()):
-            asked.append(q); seen |= set(q.prompts.values())
+        if all(q.facts.values()): asked.append(q)
         else: passed += 1
     if len(asked) < n: raise RecapError(f"{n} prompts wanted, but the corpus has only {len(asked)} usable scenes "
                                         f"of {len(truth)}: ask for fewer or make a larger test corpus")
     return asked, passed
 
-# %% ../nbs/22_evaluate.ipynb #63f39b53
+# %% ../nbs/22_evaluate.ipynb #c7849075
 def picture_seeds(asked:list, repeats:int, seed:int) -> list:
     "One noise seed per question and repeat, the same for every model."
     return [int(keyed_numpy(seed, "picture", *q.key, r).integers(2**31)) for q in asked for r in range(repeats)]
@@ -78,8 +77,8 @@ def paint(
         raise RecapError(f"no trained model in {path}: give a folder that the training page wrote, or real, or vae")
     from recap.train import Painter
     prompts = [q.prompts[text] for q in asked for _ in range(cfg.repeats)]
-    return Painter.from_pretrained(path).paint(prompts, picture_seeds(asked, cfg.repeats, seed), guidance_scale=cfg.guidance_scale,
-                                               num_inference_steps=cfg.num_inference_steps, batch_size=cfg.batch_size)
+    return Painter.from_pretrained(path, pick_device()).paint(prompts, picture_seeds(asked, cfg.repeats, seed), guidance_scale=cfg.guidance_scale,
+                                                              num_inference_steps=cfg.num_inference_steps, batch_size=cfg.batch_size)
 
 def through_vae(images:np.ndarray, path:str="") -> np.ndarray:
     "The pictures after one round trip through the autoencoder, `(n, h, w, 3)` uint8."
@@ -106,7 +105,7 @@ class EvaluateConfig(Config):
         for name in ("prompts", "repeats", "num_inference_steps", "batch_size"):
             if getattr(self, name) < 1: raise RecapError(f"{name} must be at least 1, not {getattr(self, name)}")
 
-# %% ../nbs/22_evaluate.ipynb #4acc7e46
+# %% ../nbs/22_evaluate.ipynb #bdde35dd
 def score(
     images:np.ndarray,   # (n, h, w, 3) uint8
     prompts:list,        # what each picture was painted from
@@ -121,7 +120,7 @@ def score(
     others = [[tuple(f) for f in fs] for fs in [*facts[1:], *facts[:1]]]  # the next prompt's facts
     floor = [[sum(x > 0.5 for x in ps), len(ps)] for ps in detector.check(pictures, others)]
     clip = clip_score(pictures, prompts, scorer)
-    k = min(10, len(set(prompts)) - 1)  # the control needs k other prompts
+    k = min(10, len({p.strip().lower() for p in prompts}) - 1)  # the control needs k other texts
     ranks, control = (true_prompt_rank(pictures, prompts, scorer, k=k, seed=seed, shuffled=s) for s in (False, True))
     return [dict(facts=[list(f) for f in facts[i]], p=[round(float(x), 4) for x in found[i]],
                  right=[int(x > 0.5) for x in found[i]], floor=[int(x) for x in floor[i]], clip=round(float(clip[i]), 3),

@@ -25,7 +25,7 @@ def arm(tmp_path, monkeypatch):
     calls = []
     class Painter:
         @classmethod
-        def from_pretrained(cls, path): return cls()
+        def from_pretrained(cls, path, device): return cls()
         def paint(self, prompts, seeds, guidance_scale, num_inference_steps, batch_size):
             calls.append((list(prompts), list(seeds)))
             return np.stack([np.full((64, 64, 3), 0 if s % 2 else 200, np.uint8) for s in seeds])
