@@ -435,7 +435,7 @@ def world_shard(
     write_json(out/f"{name}_stats.json", dict(count=len(rows), successes=len(rows), failed_to_download=0, failed_to_resize=0, status_dict={"success": len(rows)}))
     return name
 
-# %% ../nbs/04_corpus.ipynb #8502d38e
+# %% ../nbs/04_corpus.ipynb #bf9b2e5a
 def world_version() -> str:
     "Hash of all that decides what Sprite World looks like and says."
     code = [Path(inspect.getfile(inspect.unwrap(f))) for f in (render, alt_text)]
@@ -461,6 +461,7 @@ def settle(
         if not overwrite: raise RecapError(f"{out} was made with other settings ({changed}); choose another folder, or overwrite")
         for p in [*out.glob("[0-9]*.tar"), *out.glob("[0-9]*.parquet"), *out.glob("[0-9]*_stats.json")]: p.unlink()
         for p in ("truth", "captions"): shutil.rmtree(out/p, ignore_errors=True)
+    for leftover in out.rglob(".[0-9]*.tmp"): leftover.unlink()  # of a process that was killed
     write_json(out/"world.json", wanted)
 
 # %% ../nbs/04_corpus.ipynb #4119c4d5

@@ -1,11 +1,11 @@
 "What 04_corpus cannot show on a page: real files, damaged files, processes."
-import hashlib, io, json, os, tarfile
+import hashlib, io, json, os, subprocess, sys, tarfile, time
 from pathlib import Path
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
 
-from recap.core import RecapError
+from recap.core import RecapError, project_root
 from recap.corpus import CorpusConfig, index_tar, inspect_corpus, make_world, open_corpus, write_caption_table
 from recap.pictures import BadImage, decode_image, to_rgb
 
@@ -305,6 +305,22 @@ def test_an_unfinished_world_is_finished(tmp_path):
     kept = (tmp_path/"c"/"00000.tar").stat().st_mtime_ns
     make_world(cfg, tmp_path/"c")
     assert tree(tmp_path/"c") == whole and (tmp_path/"c"/"00000.tar").stat().st_mtime_ns == kept
+
+
+def test_a_killed_world_leaves_nobody_writing(tmp_path):
+    cfg = dict(n=60, shard_size=3, size=32, workers=2)
+    code = "import sys; from pathlib import Path; from recap.corpus import CorpusConfig, make_world; make_world(CorpusConfig(**%r), sys.argv[1])" % cfg
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path/"c"], env=os.environ | {"PYTHONPATH": str(project_root())})
+    deadline = time.time() + 60
+    while not (tmp_path/"c"/"00001_stats.json").exists() and time.time() < deadline: time.sleep(.01)
+    process.kill(); process.wait()
+    time.sleep(.2)
+    left = tree(tmp_path/"c")
+    time.sleep(.5)
+    assert tree(tmp_path/"c") == left and "00019_stats.json" not in left
+    make_world(CorpusConfig(**cfg | dict(workers=1)), tmp_path/"c")
+    make_world(CorpusConfig(**cfg), tmp_path/"straight")
+    assert tree(tmp_path/"c") == tree(tmp_path/"straight")
 
 
 def test_other_settings_are_refused_or_start_over(tmp_path):
