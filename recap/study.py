@@ -55,13 +55,14 @@ def read_stage(
     if not page: raise RecapError(f"{path}: its first line must name the page, as in `# page: 17_train`")
     return page.group(1), _yaml(path)
 
-# %% ../nbs/27a_study.ipynb #6af1c02e
+# %% ../nbs/27a_study.ipynb #6487865d
 def stage_inputs(scale:str, stage:str) -> list[Path]:
-    "Files that a stage reads: results of other stages, foundation weights."
+    "Files that a stage reads: results of other stages, foundation weights, and of `data/` the sprites and what the graph names."
     todo = study_graph(scale)[stage]
     made = [project_root()/"runs"/scale/n/"results.json" for n in todo.get("needs", [])]
     weights = [f for n in todo.get("foundation", []) for f in sorted(foundation(n).rglob("*")) if f.suffix in (".safetensors", ".json")]
-    return made + weights
+    data = [f for n in ["sprites", *todo.get("data", [])] for f in sorted((project_root()/"data"/n).rglob("*")) if f.is_file()]
+    return made + weights + data
 
 # %% ../nbs/27a_study.ipynb #478c0f81
 def run_stage(
