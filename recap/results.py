@@ -9,7 +9,7 @@ __all__ = ['TEXT_TITLES', 'TOY_PAINTERS', 'READABLE', 'MARGIN', 'ALPHA', 'PAIRS'
            'caption_styles', 'style_order', 'caption_claim', 'all_claims', 'accuracy', 'headline', 'arm_colour',
            'svg_of', 'score_figure', 'kinds_figure', 'text_figures', 'fact_words', 'data_uri', 'picture_blocks',
            'caption_blocks', 'our_order', 'paper_rows', 'score_table', 'cost_rows', 'cost_sentence', 'provenance_rows',
-           'render_report', 'study_results', 'ReportConfig', 'report']
+           'design_sentence', 'render_report', 'study_results', 'ReportConfig', 'report']
 
 # %% ../nbs/26_results.ipynb #d2413a2f
 import base64, html, io, math, re
@@ -68,26 +68,7 @@ def _toy_rows(asked:list, text:str, scenes:list, p:float, rng) -> list:
                          rank=1 if rng.random() < share**2 else rng.randint(2, 10), control=rng.randint(1, 10)))
     return rows
 
-# %% ../nbs/26_results.ipynb #a9398970
-def _toy_captions(n:int, seed:int) -> dict:
-    "The caption columns of the toy corpus as the stage that scores captions writes them."
-    from recap.language import compare
-    toy = open_corpus("toy")
-    truth, styles, examples = toy.truth(), {}, []
-    columns = {s: toy.captions(s) for s in ("alt", "ssc", "dsc")}
-    keys = sorted(columns["alt"])
-    read = {s: [compare(columns[s].get(k) or "", truth[k][1]) for k in keys] for s in columns}
-    for s, cs in read.items():
-        told, there, bad = ([len(f(c)) for c in cs] for f in (lambda c: c.told, lambda c: c.told | c.missed, lambda c: c.invented))
-        share = lambda part, whole: {k: round(float(v), 4) for k, v in bootstrap_ratio(part, whole, seed=seed)._asdict().items()}
-        styles[s] = dict(coverage=share(told, there), hallucination=share(bad, [a + b for a, b in zip(told, bad)]),
-                         words=sum(len((columns[s].get(k) or "").split()) for k in keys)/len(keys))
-    for i, (shard, key) in enumerate(keys[:n]):
-        examples.append(dict(shard=shard, key=key, styles={s: dict(caption=columns[s].get((shard, key)) or "", **{k: sorted(map(list, getattr(read[s][i], k)))
-                                                                   for k in ("told", "missed", "invented")}) for s in columns}))
-    return dict(styles=styles, examples=examples)
-
-# %% ../nbs/26_results.ipynb #23423f68
+# %% ../nbs/26_results.ipynb #74e31cfa
 TOY_PAINTERS = {"real": 1., "vae": 0.98, "alt": 0.3, "ssc95": 0.6, "dsc95": 0.9}
 
 def toy_study(
@@ -97,6 +78,7 @@ def toy_study(
     painters:dict=None,        # model -> chance that a fact is right
 ) -> Path:                     # the folder
     "A study with a known answer and no training in it: painters that get each fact right by chance."
+    from recap.caption_eval import CaptionEvalConfig, evaluate_captions
     from recap.evaluate import TEXTS, ask, summarise
     folder, asked = Path(folder), ask(open_corpus("toy").truth(), n, seed)[0]
     for model, p in (painters or TOY_PAINTERS).items():
@@ -110,7 +92,7 @@ def toy_study(
         kind = model if model in ("real", "vae") else "arm"
         write_json(out/"results.json", dict(kind=kind, prompts=n, repeats=1, passed_over=0, texts=texts))
         write_json(out/"run.json", dict(page="22_evaluate", seconds=10.+n, params=dict(seed=seed)))
-    write_json(folder/"captions"/"results.json", _toy_captions(12, seed))
+    write_json(folder/"captions"/"results.json", evaluate_captions(CaptionEvalConfig(), seed))
     write_json(folder/"captions"/"run.json", dict(page="11_caption_eval", seconds=3., params=dict(seed=seed, corpus="toy")))
     return folder
 
@@ -213,7 +195,7 @@ def picture_claims(study:dict, seed:int=0) -> tuple:
                      "at least: the whole interval at or above 70 %"))
     return rows, len(tested)
 
-# %% ../nbs/26_results.ipynb #574d2821
+# %% ../nbs/26_results.ipynb #759cbff0
 INVENTED = 0.10             # share of told facts that may be invented for captions to count as honest
 WIRING = ("toy", "smoke")   # scales that prove wiring and claim nothing
 
@@ -230,7 +212,7 @@ def style_order(style:str) -> tuple:
 def caption_claim(study:dict) -> dict:
     "Synthetic captions tell more, and invent little."
     styles = caption_styles(study)
-    claim, rule = "Synthetic captions tell more than alt-text and invent little", f"DSC's coverage above alt-text's, intervals apart; at most {points(INVENTED)} % of what DSC tells is invented"
+    claim, rule = "Synthetic captions tell more than alt-text and invent little", f"DSC's coverage above alt-text's, intervals apart; at most {100*INVENTED:g} % of what DSC tells is invented"
     if not {"alt", "dsc"} <= styles.keys(): return _row("captions", claim, "not measured", "captions were not scored", rule)
     a, d = styles["alt"]["coverage"], styles["dsc"]["coverage"]
     more = "holds" if d["lo"] > a["hi"] else "does not hold" if d["hi"] < a["lo"] else "cannot tell"
@@ -529,13 +511,23 @@ def provenance_rows(study:dict, scale:str) -> list:
             ("machine", "; ".join(machine)), ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())), ("finished", max(pick(lambda r: r.get("finished")), default=""))]
     return [(k, v or "not recorded") for k, v in rows]
 
-# %% ../nbs/26_results.ipynb #40e8a399
+# %% ../nbs/26_results.ipynb #36a2e3da
 def _caption_table(study:dict) -> list:
     "Coverage, hallucination and length of each caption style."
     iv = lambda d: f"[{points(d['lo'])}, {points(d['hi'])}]"
     return [dict(name=name_of(s), coverage=f"{points(v['coverage']['mean'])} %", coverage_iv=iv(v["coverage"]),
                  hallucination=f"{points(v['hallucination']['mean'])} %", hallucination_iv=iv(v["hallucination"]),
                  words=f"{v['words']:.1f}") for s, v in caption_styles(study).items()]
+
+def design_sentence(study:dict) -> str:
+    "What kind of experiment this was, from the training stages' own parameters."
+    runs = [v["run"].get("params", {}) for s, v in study.items() if s.startswith("train_")]
+    sizes = {f"{p['steps']} steps of {p['batch_size']} pictures" for p in runs if {"steps", "batch_size"} <= p.keys()}
+    each = f" Each arm took {sizes.pop()}." if len(sizes) == 1 else ""
+    if runs and not any(p.get("base") for p in runs):
+        return f"Every arm was trained from scratch, which is the design of DALL-E 3's ablation (2023), at a very much smaller size.{each}"
+    return ("At this scale the arms are short tunes of a base denoiser that was trained on alt-text. That is the design of RECAP (2023), "
+            f"not that of DALL-E 3 (2023), whose ablation trained every arm from scratch.{each}")
 
 def _caption_sentence(study:dict) -> str:
     "What relabelling did to the captions."
@@ -545,7 +537,7 @@ def _caption_sentence(study:dict) -> str:
     return (f"Of what can be seen in a picture, the web's text tells {points(a['coverage']['mean'])} % and our descriptive caption {points(d['coverage']['mean'])} %; "
             f"of what the descriptive captions say, {points(d['hallucination']['mean'])} % is not there. The first pictures of the evaluation, chosen by nobody:")
 
-# %% ../nbs/26_results.ipynb #38e346de
+# %% ../nbs/26_results.ipynb #35aa1814
 def render_report(
     study:dict,      # of `read_study`
     scale:str,       # of the study
@@ -569,7 +561,7 @@ def render_report(
         title=f"the study, {scale}", scale=scale, wiring=wiring, note=note, headline=headline(study, scale, claims, seed),
         arms=[dict(label=name_of(a), colour=arm_colour(i)) for i, a in enumerate(arms_of(study))],
         grids=[dict(title=TEXT_TITLES[t], blocks=picture_blocks(study, t, kinds, shown)) for t in texts],
-        captions=caption_blocks(study), caption_sentence=_caption_sentence(study), caption_table=_caption_table(study), scores=scores,
+        design=design_sentence(study), captions=caption_blocks(study), caption_sentence=_caption_sentence(study), caption_table=_caption_table(study), scores=scores,
         papers=paper_rows(study, kinds, wiring, seed), claims=claims, tests=tests,
         stages=stages, cost_sentence=cost_sentence(stages) if stages else "", provenance=provenance_rows(study, scale))
 

@@ -96,6 +96,12 @@ def test_unreadable_kinds_are_left_out_for_all(study):
     before, after = (rs.accuracy(rs.read_study(study), "dsc95", "descriptive", k).mean for k in (rs.KINDS, results["kinds"]))
     assert before != after and abs(after - results["scores"]["dsc95"]["descriptive"]["facts"]["mean"]) < 1e-4
 
+def test_the_design_is_told_from_what_was_run():
+    tune = {f"train_{a}": dict(run=dict(params=dict(base="foundation", steps=260, batch_size=64))) for a in ("alt", "dsc95")}
+    scratch = {f"train_{a}": dict(run=dict(params=dict(base="", steps=n, batch_size=64))) for a, n in (("alt", 10), ("dsc95", 20))}
+    assert "design of RECAP" in rs.design_sentence(tune) and "260 steps of 64" in rs.design_sentence(tune)
+    assert "from scratch, which is the design of DALL-E 3" in rs.design_sentence(scratch) and "steps of" not in rs.design_sentence(scratch)
+
 @pytest.mark.parametrize("folder, told", [("nothing", "does not exist"), (".", "holds no evaluation")])
 def test_no_study_no_report(tmp_path, folder, told):
     with pytest.raises(RecapError, match=told): make(tmp_path/folder, tmp_path)
