@@ -7,7 +7,7 @@ __all__ = ['default_captioner', 'captioner_folder', 'Scribe', 'ask', 'in_batches
            'finish_column', 'check_styles', 'find_scribes', 'relabel', 'write_file_captions', 'knows_only_sprites',
            'relabel_path', 'summary', 'RelabelConfig', 'run_relabel']
 
-# %% ../nbs/12_relabel.ipynb #acb01fb4
+# %% ../nbs/12_relabel.ipynb #a1f3116c
 import inspect, itertools, json, re
 from collections import Counter
 from contextlib import ExitStack
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Iterator
 import pyarrow.parquet as pq
 from .core import Config, RecapError, atomic_write, foundation, hash_folder, progress, project_root, read_json
-from .corpus import Corpus, caption_note, open_corpus
+from .corpus import Corpus, caption_note, open_corpus, plain_text
 from .runs import lock_folder, unlock_folder
 
 # %% ../nbs/12_relabel.ipynb #bac63751
@@ -68,7 +68,7 @@ class Scribe:
         from recap.decode import Captioner
         return Captioner.from_pretrained(self.folder)
 
-# %% ../nbs/12_relabel.ipynb #3787974a
+# %% ../nbs/12_relabel.ipynb #b14cc615
 def ask(
     scribe:Scribe,  # who captions
     images:list,    # PIL images
@@ -79,7 +79,7 @@ def ask(
     told = call(images, style=style) if "style" in inspect.signature(call).parameters else call(images)
     if len(told) != len(images): raise RecapError(f"captioner {scribe.name} returned {len(told)} captions for {len(images)} images")
     model = ":".join(filter(None, (scribe.name, scribe.hash)))
-    rows = [{"model": model, **row, "caption": " ".join(str(row["caption"] or "").split())} for row in told]
+    rows = [{"model": model, **row, "caption": plain_text(" ".join(str(row["caption"] or "").split()))} for row in told]
     return [row | {"flags": ",".join(filter(None, (row.get("flags", ""), "" if row["caption"] else "empty")))} for row in rows]
 
 # %% ../nbs/12_relabel.ipynb #d64c23fd

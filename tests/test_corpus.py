@@ -244,6 +244,15 @@ def test_sidecars(tmp_path):
     assert [s.key for s in read_all(corpus)] == ["a.PNG", "b.jpeg"] and corpus.faults[0].reason == "empty file"
 
 
+def test_names_and_texts_that_are_no_utf8(tmp_path):
+    folder(tmp_path, **{"a.png": png(), "metadata.jsonl": json.dumps({"file_name": "a.png", "text": "half \ud83d"})})
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as f: f.write(png())
+    corpus = open_corpus(tmp_path)
+    assert [(s.key, s.alt) for s in read_all(corpus)] == [("a.png", "half ?"), ("caf\\xe9.png", "")]
+    corpus.write_captions("dsc", "00000", [dict(key=k, caption=c or "none") for (_, k), c in corpus.captions().items()])
+    assert list(corpus.captions("dsc").values()) == ["half ?", "none"]
+
+
 @pytest.mark.parametrize("make, said", [(lambda p: p/"nothing", "does not exist"), (lambda p: p, "no images")])
 def test_nothing_to_read_is_one_line(tmp_path, make, said):
     with pytest.raises(RecapError, match=said) as e: open_corpus(make(tmp_path))
