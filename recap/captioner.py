@@ -342,7 +342,7 @@ def plain_greedy(
     rows = tokens[:, 1:].tolist()
     return [r[:r.index(end)] if end in r else r for r in rows]
 
-# %% ../nbs/08_captioner.ipynb #5b88680c
+# %% ../nbs/08_captioner.ipynb #3d5ef7d8
 def fact_shares(
     captions:list[str],  # one a picture
     truths:list[set],    # visible facts of each picture
@@ -351,4 +351,4 @@ def fact_shares(
     read = [compare(c, t) for c, t in zip(captions, truths, strict=True)]
     told, missed, invented = (sum(len(getattr(r, k)) for r in read) for k in ("told", "missed", "invented"))
     return dict(told=told/max(1, told + missed), invented=invented/max(1, told + invented),
-                clean=sum(not r.invented for r in read)/max(1, len(read)), tokens=sum(len(c.split()) for c in captions)/max(1, len(read)))
+                clean=sum(not r.invented for r in read)/max(1, len(read)), words=sum(len(c.split()) for c in captions)/max(1, len(read)))
