@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from .core import RecapError, nearest
 
-# %% ../nbs/15_denoiser.ipynb #e46d68fb
+# %% ../nbs/15_denoiser.ipynb #906d4869
 UNETS = {
     "xs":    dict(channels=(32, 32, 32), blocks=1, head=16),
     "s":     dict(channels=(96, 96, 64), blocks=1, head=32),
@@ -20,7 +20,7 @@ UNETS = {
 
 def make_unet(
     size:str="s",          # a key of UNETS
-    latent_channels:int=6,
+    latent_channels:int=8,
     latent_size:int=8,     # height and width of the latents
     text_width:int=256,    # of the text encoder's states
 ):                         # diffusers UNet2DConditionModel

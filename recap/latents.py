@@ -39,14 +39,15 @@ def picture_pool(
     "Pictures of the world, drawn for training; no corpus on disk is needed."
     return np.stack([np.asarray(render(sample_scene(seed, i, world, split), size)) for i in range(n)])
 
-# %% ../nbs/14_latents.ipynb #9a6e8ea7
+# %% ../nbs/14_latents.ipynb #abc8c5a8
 @dataclasses.dataclass(frozen=True)
 class VAEConfig(Config):
     "The autoencoder's shape and loss."
-    latent_channels: int = 6
+    latent_channels: int = 8
     widths: str = "16,32,64,80"   # channels at each of four resolutions
-    edge_weight: float = 1.0      # of the difference of neighbouring pixels, which keeps outlines sharp
-    kl_weight: float = 1e-3       # of the pull of the latents towards a unit Gaussian, a latent number
+    square_weight: float = 5.0    # of the squared error, which does not let a small thing lose its colour
+    edge_weight: float = 0.5      # of the difference of neighbouring pixels, which keeps outlines sharp
+    kl_weight: float = 2e-5       # of the pull of the latents towards a unit Gaussian, a latent number
 
 def make_vae(cfg:VAEConfig=VAEConfig(), size=64):
     "A new autoencoder, 8 pixels a latent cell."
@@ -56,7 +57,7 @@ def make_vae(cfg:VAEConfig=VAEConfig(), size=64):
         down_block_types=("DownEncoderBlock2D",)*len(widths), up_block_types=("UpDecoderBlock2D",)*len(widths),
         norm_num_groups=8, sample_size=size, mid_block_add_attention=False)
 
-# %% ../nbs/14_latents.ipynb #7bcfc88d
+# %% ../nbs/14_latents.ipynb #8e4780dc
 def vae_loss(
     vae,
     x:torch.Tensor,              # (n, 3, h, w) in [-1, 1]
@@ -69,7 +70,7 @@ def vae_loss(
     y = vae.decode(q.mean + q.std*noise).sample.float()
     edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (-1, -2))
     kl = .5*(q.mean.float()**2 + q.var.float() - 1 - q.logvar.float()).mean()
-    return (y - x).abs().mean() + cfg.edge_weight*edges + cfg.kl_weight*kl
+    return .5*(y - x).abs().mean() + cfg.square_weight*(y - x).square().mean() + cfg.edge_weight*edges + cfg.kl_weight*kl
 
 def train_vae(
     pictures:np.ndarray,         # uint8 (n, h, w, 3)
@@ -122,13 +123,13 @@ def decode(
     z = latents/vae.config.scaling_factor + (vae.config.shift_factor or 0)
     return np.concatenate([to_pixels(vae.decode(z[i:i+batch_size].to(vae.device)).sample) for i in range(0, len(z), batch_size)])
 
-# %% ../nbs/14_latents.ipynb #6d412404
+# %% ../nbs/14_latents.ipynb #079a6e66
 @dataclasses.dataclass(frozen=True)
 class TrainVAEConfig(Config):
     "The autoencoder stage."
     pictures: int = 64
     size: int = 64
-    latent_channels: int = 6
+    latent_channels: int = 8
     widths: str = "16,32,64,80"
     steps: int = 6
     batch_size: int = 8
