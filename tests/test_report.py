@@ -81,6 +81,14 @@ def test_missing_pictures_and_records_and_an_own_recipe_do_not_stop_the_report(s
     html, results = make(study, tmp_path)
     assert "not recorded" in html and "dsc:0.9,alt:0.1" in html and "dsc:0.9,alt:0.1" in results["scores"]
 
+def test_a_detector_that_reads_nothing_measures_nothing(study, tmp_path):
+    def f(d):
+        for t in d["texts"].values():
+            for r in t["rows"]: r["right"] = [0]*len(r["right"])
+    change(study/"evaluate_real"/"results.json", f)
+    html, results = make(study, tmp_path)
+    assert "nothing to compare" in results["headline"] and verdicts(results)["order"] == "not measured" and "left out of all scores" in html
+
 def test_an_arm_with_other_prompts_is_refused(study, tmp_path):
     def f(d): d["texts"]["descriptive"]["rows"][0]["prompt"] = "something else"
     change(study/"evaluate_alt"/"results.json", f)
