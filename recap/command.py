@@ -79,7 +79,7 @@ def study(
     if any(not m.startswith("-") for m in (more or [])[:1]): raise RecapError(f"what is {more[0]!r}? options for Snakemake stand after --, the scale after --scale")
     print(f"report: {run_study(scale, cores, more or [], show=lambda s: print(s, flush=True))}")
 
-# %% ../nbs/28_command.ipynb #59544eaa
+# %% ../nbs/28_command.ipynb #0b3dfd81
 @app.command()
 def stage(
     name:str=typer.Argument(help="a stage of the scale, or (without --scale) a page such as 17_train"),
@@ -90,7 +90,7 @@ def stage(
 ):
     "Run one stage alone, with other parameters where you wish."
     from recap import runs, study as st
-    if os.environ.get("RECAP_STUDY"): runs.die_with_parent()
+    runs.die_with_study()
     if scale:
         if params: raise RecapError("--scale and --params are two sources of parameters: give one")
         page, _ = st.read_stage(scale, name)

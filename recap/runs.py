@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMON', 'page_path', 'code_cells', 'Parameter', 'page_parameters', 'secret_values', 'refuse_secrets',
-           'check_parameters', 'lock_folder', 'unlock_folder', 'die_with_parent', 'page_modules', 'code_hash', 'begin',
-           'Run', 'peak_memory', 'machine', 'git_revision', 'provenance', 'launch']
+           'check_parameters', 'lock_folder', 'unlock_folder', 'die_with_parent', 'die_with_study', 'stage_part',
+           'page_modules', 'code_hash', 'begin', 'Run', 'peak_memory', 'machine', 'git_revision', 'provenance',
+           'launch']
 
 # %% ../nbs/01_runs.ipynb #069e3657
 import ast, ctypes, hashlib, importlib.metadata, io, json, os, platform, re, shutil, signal, subprocess, sys, time, tokenize
@@ -133,7 +134,34 @@ def die_with_parent(
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if expected and os.getppid() != expected: os._exit(1)
 
-# %% ../nbs/01_runs.ipynb #fa3bcf0a
+# %% ../nbs/01_runs.ipynb #66f2ede5
+def die_with_study() -> None:
+    "The same for a stage that a study on this machine started, through Snakemake: it ends if the study is gone."
+    host, _, pid = os.environ.get("RECAP_STUDY", "").rpartition(":")
+    if host != platform.node(): return  # no study, or one on another machine of the cluster
+    die_with_parent()
+    try: os.kill(int(pid), 0)
+    except ProcessLookupError: os._exit(1)
+    except PermissionError: pass
+
+# %% ../nbs/01_runs.ipynb #83e5d28b
+def stage_part(
+    page:str, # a page's name
+) -> dict:    # a notebook
+    "The part of a page that makes its result: imports, exported cells, and `## Run it` up to `run.finish`."
+    nb, kept, running = read_json(page_path(page)), [], False
+    for cell in nb["cells"]:
+        source = "".join(cell["source"])
+        running = running or (cell["cell_type"] == "markdown" and re.search(r"^## Run it", source, re.M) is not None)
+        if cell["cell_type"] != "code": continue
+        if not (running or re.search(r"^#\|\s*exports?\s*$", source, re.M) or "parameters" in cell["metadata"].get("tags", [])):
+            try: source = "\n".join(ast.unparse(n) for n in ast.parse(source).body if isinstance(n, (ast.Import, ast.ImportFrom)))
+            except SyntaxError: source = ""  # IPython's own commands
+        if source: kept.append(cell | {"source": source, "outputs": [], "execution_count": None})
+        if running and "run.finish(" in source: break
+    return nb | {"cells": kept}
+
+# %% ../nbs/01_runs.ipynb #9735f3bf
 def _imports(source:str) -> set[str]:
     "Names of `recap` modules that a source imports, at any depth of nesting."
     plain = "\n".join("pass" if l.lstrip()[:1] in ("%", "!") else l for l in source.split("\n"))
@@ -149,7 +177,7 @@ def _imports(source:str) -> set[str]:
 
 def page_modules(page:str) -> list[Path]:
     "The files of `recap/` that a page imports, directly or through others."
-    todo, done = set().union(*(_imports(s) for s, _ in code_cells(page_path(page)))), set()
+    todo, done = set().union(*(_imports(c["source"]) for c in stage_part(page)["cells"])), set()
     while todo:
         path = project_root()/"recap"/f"{todo.pop()}.py"
         if path in done or not path.exists(): continue
@@ -157,10 +185,10 @@ def page_modules(page:str) -> list[Path]:
     return sorted(done)
 
 def code_hash(page:str) -> str:
-    "Fingerprint of the code of a page (not of its prose, outputs and parameters) and of the modules it imports."
+    "Fingerprint of that part (parameters apart) and of the modules it imports."
     h = hashlib.sha256()
-    for s, tags in code_cells(page_path(page)):
-        if "parameters" not in tags: h.update(s.encode() + b"\0")
+    for c in stage_part(page)["cells"]:
+        if "parameters" not in c["metadata"].get("tags", []): h.update(c["source"].encode() + b"\0")
     for p in page_modules(page): h.update(p.name.encode() + p.read_bytes())
     return h.hexdigest()[:16]
 
@@ -202,7 +230,7 @@ def _prepare(out:Path, state:dict) -> bool: # True if nothing of an earlier run 
     if said or not begun.exists(): write_json(begun, state)
     return not (rest and not said)
 
-# %% ../nbs/01_runs.ipynb #172807d6
+# %% ../nbs/01_runs.ipynb #27f7911d
 def begin(
     page:str,       # the page's name, such as "17_train"
     namespace:dict, # the page's globals()
@@ -217,8 +245,7 @@ def begin(
     out = resolve_path(params["out"])
     if out == project_root() or out in project_root().parents or out == Path.home():
         raise RecapError(f"out = {params['out']!r} is no folder for a stage: choose one under runs/")
-    launcher = os.environ.get("RECAP_LAUNCHER")
-    if launcher == str(os.getppid()): die_with_parent(int(launcher))
+    if launcher := os.environ.pop("RECAP_LAUNCHER", ""): die_with_parent(int(launcher))
     lock_folder(out, what=f"run of {page}")
     try: fresh = _prepare(out, _state(page, params))
     except BaseException: unlock_folder(out); raise
@@ -292,7 +319,7 @@ def provenance() -> dict:
     return {"machine": machine(), "peak_memory_mb": peak_memory(), "versions": versions, "revision": git_revision(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
-# %% ../nbs/01_runs.ipynb #0d3f98c0
+# %% ../nbs/01_runs.ipynb #2656998f
 def _child() -> None:
     "What the child process does: read its orders, run papermill, tell the last error."
     orders = json.loads(sys.stdin.read())
@@ -302,8 +329,8 @@ def _child() -> None:
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").setLevel(logging.INFO)
-    import papermill
-    try: papermill.execute_notebook(orders["page"], orders["to"], orders["params"], kernel_name="python3", cwd=orders["cwd"],
+    import nbformat, papermill
+    try: papermill.execute_notebook(nbformat.from_dict(orders["page"]), orders["to"], orders["params"], kernel_name="python3", cwd=orders["cwd"],
                                     progress_bar=False, log_output=True)
     except papermill.PapermillExecutionError as e: told = e.evalue if e.ename == "RecapError" else f"{e.ename}: {e.evalue}"
     except Exception as e:
@@ -321,12 +348,13 @@ def _scrub(path:Path) -> None:
     if clean != text:
         with atomic_write(path, "w") as f: f.write(clean)
 
-# %% ../nbs/01_runs.ipynb #5cad6d57
+# %% ../nbs/01_runs.ipynb #552383ad
 def launch(
     page:str,            # a stage page's name
     params:dict,         # parameters that differ from the page's defaults
     out=None,            # the stage's folder, overriding the parameter `out`
     complete:bool=False, # refuse parameters that are not given
+    whole:bool=True,     # the whole page, or only the part that makes the result
     inputs=(),           # files that the result depends on besides the parameters: other content starts the stage anew
 ) -> Path:               # the stage's results.json
     "Run a stage page under papermill, guarded. Raises `RecapError` with the page's own last line when it fails."
@@ -336,7 +364,7 @@ def launch(
     try:
         lock_folder(out, what=f"run of {page}"); unlock_folder(out)  # a child that survived its launcher?
         (out/"results.json").unlink(missing_ok=True)
-        orders = {"parent": os.getpid(), "page": str(page_path(page)), "to": str(out/"page.ipynb"), "params": params,
+        orders = {"parent": os.getpid(), "page": read_json(page_path(page)) if whole else stage_part(page), "to": str(out/"page.ipynb"), "params": params,
                   "cwd": str(project_root()/"nbs")}
         digest = hashlib.sha256("".join(hash_file(p) for p in inputs).encode()).hexdigest()[:16] if inputs else ""
         threads = str(params.get("threads") or "")

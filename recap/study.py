@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['read_parameters', 'scale_folder', 'study_graph', 'read_stage', 'stage_inputs', 'run_stage', 'Plan', 'study']
 
-# %% ../nbs/27a_study.ipynb #416e4aa3
-import os, queue, re, shutil, subprocess, sys, threading, time
+# %% ../nbs/27a_study.ipynb #18e68f34
+import os, platform, queue, re, shutil, subprocess, sys, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import RecapError, foundation, nearest, project_root, time_text
@@ -64,7 +64,7 @@ def stage_inputs(scale:str, stage:str) -> list[Path]:
     data = [f for n in ["sprites", *todo.get("data", [])] for f in sorted((project_root()/"data"/n).rglob("*")) if f.is_file()]
     return made + weights + data
 
-# %% ../nbs/27a_study.ipynb #478c0f81
+# %% ../nbs/27a_study.ipynb #7bc85bcc
 def run_stage(
     scale:str,       # a folder of `scales/`
     stage:str,       # a stage of its graph
@@ -77,7 +77,8 @@ def run_stage(
         raise RecapError(f"{stage} with other parameters than the study's needs a folder of its own: add --out runs/NAME")
     for path in stage_inputs(scale, stage):
         if not path.exists(): raise RecapError(f"{stage} needs {path}: run `recap stage {path.parent.name} --scale {scale}` first, or `recap study --scale {scale}`")
-    return launch(page, params | (given or {}), out or f"runs/{scale}/{stage}", complete=True, inputs=stage_inputs(scale, stage))
+    return launch(page, params | (given or {}), out or f"runs/{scale}/{stage}", complete=True, whole=False,
+                  inputs=stage_inputs(scale, stage))
 
 # %% ../nbs/27a_study.ipynb #224b0392
 @dataclass
@@ -156,7 +157,7 @@ def _check_study(scale:str, runs:Path, need_mb:int=500) -> None:
     free = shutil.disk_usage(runs).free/2**20
     if free < need_mb: raise RecapError(f"disk full: {runs} has {free:.0f} MB left and a study needs {need_mb} MB; free some space and start again, what was finished is kept")
 
-# %% ../nbs/27a_study.ipynb #ab647969
+# %% ../nbs/27a_study.ipynb #66a115bb
 def study(
     scale:str="cpu", # a folder of `scales/`
     cores:int=0,     # 0: all that this process may use
@@ -173,7 +174,7 @@ def study(
         plan, began, parent = Plan(_yaml(budget) if budget.exists() else {}), time.time(), os.getpid()
         with open(runs/"study.log", "w") as log:
             snake = subprocess.Popen(_snakemake(scale, cores, more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                env=os.environ | {"RECAP_STUDY": str(parent)}, preexec_fn=lambda: die_with_parent(parent))
+                env=os.environ | {"RECAP_STUDY": f"{platform.node()}:{parent}"}, preexec_fn=lambda: die_with_parent(parent))
             try: said = _watch(_lines(snake.stdout), plan, graph, log, show)
             finally: snake.kill() if sys.exc_info()[0] else None
             code = snake.wait()

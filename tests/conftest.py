@@ -46,9 +46,10 @@ def code_page(root, name, parameters, body):
              ("import os, time\nfrom pathlib import Path\nfrom recap.core import RecapError, atomic_write, keyed_rng, read_json, resolve_path, write_json\n"
               "from recap.runs import begin", []),
              (f'run = begin("{name}", globals())\n{body}', [])]
+    run_it = dict(cell_type="markdown", id="m", metadata={}, source="## Run it")
     nb = dict(nbformat=4, nbformat_minor=5,
               metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
-              cells=[dict(cell_type="code", id=f"c{i}", metadata=dict(tags=t) if t else {}, source=s, outputs=[], execution_count=None)
+              cells=[run_it] + [dict(cell_type="code", id=f"c{i}", metadata=dict(tags=t) if t else {}, source=s, outputs=[], execution_count=None)
                      for i, (s, t) in enumerate(cells)])
     (root/f"nbs/{name}.ipynb").write_text(json.dumps(nb))
 

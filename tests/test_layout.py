@@ -32,7 +32,7 @@ def module_of(page):
 def test_stage_has_one_parameters_cell(page):
     text, tagged = "\n".join(code(page)), code(page, "parameters")
     begins = re.findall(r'^\s*run = begin\("([^"]+)", globals\(\)\)', text, re.M)
-    stage = any("".join(c["source"]).startswith("## Run it") for c in json.loads(page.read_text())["cells"] if c["cell_type"] == "markdown")
+    stage = any(re.search(r"^## Run it", "".join(c["source"]), re.M) for c in json.loads(page.read_text())["cells"] if c["cell_type"] == "markdown")
     assert len(tagged) == int(stage)
     if not stage: return
     assert begins[-1:] == [page.stem], "a stage begins under its own name"
@@ -41,6 +41,17 @@ def test_stage_has_one_parameters_cell(page):
     assert set(COMMON) <= set(declared)
     assert [n for n, p in declared.items() if not p.comment] == [], "each parameter has a comment"
     assert declared["out"].default == f"runs/page/{page.stem}"
+
+
+@pytest.mark.parametrize("page", NBS, ids=lambda p: p.stem)
+def test_what_a_study_launches_needs_nothing_else_of_the_page(page, tmp_path):
+    if not code(page, "parameters"): return
+    from recap.runs import stage_part
+    source = [c["source"] for c in stage_part(page.stem)["cells"]]
+    assert "run.finish(" in source[-1]
+    (tmp_path/"part.py").write_text("\n".join(source))
+    done = subprocess.run([sys.executable, "-m", "pyflakes", str(tmp_path/"part.py")], capture_output=True, text=True)
+    assert [line for line in done.stdout.split("\n") if "undefined name" in line] == []
 
 
 def test_pages_import_only_downwards():
