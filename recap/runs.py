@@ -205,7 +205,7 @@ def _state(page:str, params:dict) -> dict:
     made = {k: hash_file(p/"results.json") if (p/"results.json").exists() else hash_folder(p) for k, p in paths.items() if p.is_dir()}
     return {"page": page, "params": same, "code": code_hash(page), "made_from": made, "inputs": os.environ.get("RECAP_INPUTS")}
 
-# %% ../nbs/01_runs.ipynb #c300e9d9
+# %% ../nbs/01_runs.ipynb #9018baed
 _OURS = (".lock", ".launch", ".stale", "page.ipynb", "log.txt", "begun.json")
 
 def _differences(old:dict, new:dict) -> list[str]:
@@ -219,7 +219,7 @@ def _differences(old:dict, new:dict) -> list[str]:
 def _prepare(out:Path, state:dict) -> bool: # True if nothing of an earlier run is left to continue from
     "Keep the state of the same run, put that of another aside, refuse a folder that no stage made."
     begun, rest = out/"begun.json", [p for p in out.iterdir() if p.name not in _OURS]
-    if rest and not begun.exists():
+    if rest and not begun.exists() and project_root()/"runs" not in out.parents:
         raise RecapError(f"{out} has files that no stage made (such as {rest[0].name}): choose another `out`, or an empty folder")
     said = _differences(read_json(begun), state) if begun.exists() else []
     if said and rest:
