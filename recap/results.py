@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['PAPERS', 'STAGES', 'arm_colour', 'svg_of', 'score_figure', 'kinds_figure', 'text_figures', 'fact_words', 'data_uri',
            'picture_blocks', 'caption_blocks', 'our_order', 'paper_rows', 'score_table', 'cost_rows', 'cost_sentence',
-           'provenance_rows', 'design_sentence', 'render_report', 'study_results', 'ReportConfig', 'report']
+           'provenance_rows', 'design_sentence', 'render_report', 'study_results', 'ReportConfig', 'report',
+           'result_picture', 'publish_study', 'headline_table']
 
-# %% ../nbs/26_results.ipynb #1700babf
-import base64, html, io, math, re
+# %% ../nbs/26_results.ipynb #5ae74dc0
+import base64, html, io, math, re, textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 from .claims import (PAIRS, TEXT_TITLES, WIRING, accuracy, all_claims, arms_of, caption_styles, compare_arms, headline,
     name_of, points, read_study, readable_kinds, rows_of, style_order, toy_study)
-from .core import Config, RecapError, atomic_write, project_root, resolve_path, time_text
+from .core import Config, RecapError, atomic_write, project_root, read_json, resolve_path, time_text, write_json
 from .corpus import open_corpus
 from .statistics import bootstrap_mean
 from .world import KINDS
@@ -358,3 +359,51 @@ def report(
     page, results = render_report(study, cfg.scale, claims, tests, seed, note, cfg.shown), study_results(study, cfg.scale, claims, seed)
     with atomic_write(Path(out)/"report.html", "w") as f: f.write(page)
     return results
+
+# %% ../nbs/26_results.ipynb #5dd7b965
+def result_picture(
+    study:dict,               # of `read_study`
+    n:int=6,                  # prompts
+    text:str="descriptive",   # which prompts
+):                            # matplotlib Figure
+    "The first `n` prompts, a row each: the real picture, then the arms, with facts right of facts asked."
+    import matplotlib.pyplot as plt
+    kinds = readable_kinds(study)
+    models = [m for m in ("real", *arms_of(study)) if f"evaluate_{m}" in study]
+    rows = {m: {r["index"]: r for r in rows_of(study, m, text) if r["repeat"] == 0} for m in models}
+    fig, axes = plt.subplots(n, len(models) + 1, figsize=(3.4 + 1.25*len(models), 1.36*n), gridspec_kw=dict(width_ratios=[2.6] + [1]*len(models)), squeeze=False, layout="constrained")
+    for i, line in enumerate(axes):
+        prompt = rows[models[0]][i]["prompt"]
+        line[0].text(0, .5, textwrap.fill(prompt, 38), va="center", fontsize=9); line[0].axis("off")
+        for ax, m in zip(line[1:], models):
+            seen = [r for f, r in zip(rows[m][i]["facts"], rows[m][i]["right"]) if f[0] in kinds]
+            ax.imshow(plt.imread(study[f"evaluate_{m}"]["folder"]/"images"/text/f"{i:05d}_0.png"), interpolation="nearest")
+            ax.set_xticks([]); ax.set_yticks([]); ax.set_xlabel(f"{sum(seen)} of {len(seen)}", fontsize=8, labelpad=1)
+            for side in ax.spines.values(): side.set_visible(False)
+            if not i: ax.set_title({"real": "real picture"}.get(m, name_of(m)), fontsize=10)
+    return fig
+
+# %% ../nbs/26_results.ipynb #511e7957
+def publish_study(
+    folder:Path,   # of a finished study, such as runs/cpu
+    out:Path,      # such as data/results
+):
+    "Write a study's numbers with their provenance, and its picture, under the scale's name."
+    import matplotlib.pyplot as plt
+    study, results = read_study(folder), read_json(Path(folder)/"results.json")
+    runs = {k: v["run"] for k, v in study.items() if v["run"]}
+    keep = ("seed", "machine", "versions", "revision", "weights")
+    made = {k: read_json(Path(folder)/"report/run.json").get(k) for k in keep} | {"minutes": {k: round(r["seconds"]/60, 2) for k, r in runs.items()}}
+    scale = results["scale"]
+    write_json(Path(out)/f"{scale}.json", {**results, "provenance": made})
+    fig = result_picture(study); fig.savefig(Path(out)/f"{scale}-grid.png", dpi=100); plt.close(fig)
+
+def headline_table(
+    path:Path,     # a file that publish_study wrote
+) -> str:          # Markdown
+    "The scores of a study as a small table."
+    results = read_json(path)
+    cell = lambda i: f"{100*i['mean']:.0f} % ({100*i['lo']:.0f}–{100*i['hi']:.0f})"
+    head = "| captions | facts right, descriptive prompts | facts right, people's prompts | true prompt ranked first of ten |\n|---|---|---|---|\n"
+    rows = [f"| {name_of(m)} | {cell(s['descriptive']['facts'])} | {cell(s['people']['facts'])} | {cell(s['descriptive']['first'])} |" for m, s in results["scores"].items()]
+    return head + "\n".join(rows) + f"\n\n{results['headline']}"
