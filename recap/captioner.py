@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'KINDS_OF_TEXT', 'captioner_config', 'make_captioner', 'CaptionTokenizer', 'captioner_tokenizer', 'as_pixels',
            'normalise', 'Loaded', 'save_captioner', 'load_captioner', 'coca_loss', 'plain_attention', 'draw_text',
-           'PretrainConfig', 'scene_pool', 'batch_loss', 'pretrain', 'plain_greedy', 'fact_shares']
+           'PretrainConfig', 'scene_pool', 'batch_loss', 'pretrain', 'plain_greedy', 'fact_shares', 'caption_loss']
 
 # %% ../nbs/08_captioner.ipynb #16bd7bde
 import contextlib, copy
@@ -352,3 +352,20 @@ def fact_shares(
     told, missed, invented = (sum(len(getattr(r, k)) for r in read) for k in ("told", "missed", "invented"))
     return dict(told=told/max(1, told + missed), invented=invented/max(1, told + invented),
                 clean=sum(not r.invented for r in read)/max(1, len(read)), words=sum(len(c.split()) for c in captions)/max(1, len(read)))
+
+# %% ../nbs/08_captioner.ipynb #2526fd32
+@torch.no_grad()
+def caption_loss(
+    loaded:Loaded,         # a captioner
+    pixels:torch.Tensor,   # uint8 (n, 3, size, size)
+    texts:list[str],       # one a picture
+    batch_size:int=64,
+) -> float:                # nats a token
+    "The captioning loss on given pairs."
+    pre, device, total, count = loaded.config.get("preprocess_cfg", {}), next(loaded.model.parameters()).device, 0., 0
+    for i in range(0, len(texts), batch_size):
+        x = normalise(pixels[i:i + batch_size].to(device), pre.get("mean", (.5,)*3), pre.get("std", (.5,)*3))
+        ids = loaded.words.encode(texts[i:i + batch_size], loaded.model.text.context_length).to(device)
+        n = int((ids[:, 1:] != loaded.words.pad).sum())
+        total, count = total + n*coca_loss(loaded.model(x, ids), loaded.words.pad)[2].item(), count + n
+    return total/max(1, count)

@@ -162,7 +162,7 @@ def generate(
         out.append(Written(row[:row.index(end)] if done else row, logprob, done))
     return out
 
-# %% ../nbs/09_decode.ipynb #f5c6e04a
+# %% ../nbs/09_decode.ipynb #b917d2e7
 class Captioner:
     "Writes captions for pictures."
     def __init__(self,
@@ -170,9 +170,8 @@ class Captioner:
         device="auto",
         dtype="float32",     # "float32", "bfloat16", "float16" or "auto"
     ):
-        self.device = pick_device(device)
+        self.device, self.loaded, self.words = pick_device(device), loaded, loaded.words
         self.dtype = pick_dtype(dtype, self.device)
-        self.loaded, self.words = loaded, loaded.words
         self.model = loaded.model.to(self.device, self.dtype).eval()
 
     @classmethod
