@@ -25,11 +25,11 @@ def _peek(path):
     if not path.exists(): return None
     with safe_open(str(path), "pt") as f: return {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
 
-# %% ../nbs/14a_cache.ipynb #dc029d85
+# %% ../nbs/14a_cache.ipynb #2ed13cff
 def cache_pictures(corpus, shard, vae, vae_hash, size, out):
     "Latents of one shard, unless they are there; True if they were computed."
     path = Path(out)/f"{shard}.latents.safetensors"
-    made_by = {"encoder": vae_hash, "size": size}
+    made_by = {"encoder": vae_hash, "size": size, "pictures": corpus.shard_hash(shard)}
     if (_peek(path) or {}).get("made_by") == made_by: return False
     samples = list(corpus.read_shard(shard, size=size))
     if not samples: return False
@@ -39,7 +39,8 @@ def cache_pictures(corpus, shard, vae, vae_hash, size, out):
 
 def cache_texts(corpus, shard, style, columns, encoder, text_hash, out):
     "Text states of one shard and caption style, unless they are there for the same captions."
-    keys = _peek(Path(out)/f"{shard}.latents.safetensors")["keys"]
+    keys = (_peek(Path(out)/f"{shard}.latents.safetensors") or {"keys": []})["keys"]
+    if not keys: return False     # no picture of this shard could be read
     captions = [columns.get((shard, k), "") or "" for k in keys]
     path = Path(out)/f"{shard}.text-{style}.safetensors"
     made_by = {"encoder": text_hash, "captions": captions}

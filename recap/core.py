@@ -191,11 +191,11 @@ def hash_file(path) -> str: # 16 hexadecimal digits
 def hash_folder(
     path, # a folder of weights, or one file
 ) -> str: # 16 hexadecimal digits
-    "Fingerprint of a model: names and bytes of its `*.safetensors` and `*.json`."
+    "Fingerprint of a model: names and bytes of its `*.safetensors` and `*.json`, without the records of how it was made."
     path = Path(path)
     if path.is_file(): return hash_file(path)
     if not path.is_dir(): raise RecapError(f"{path} does not exist")
-    skip = {"run.json", "begun.json"}
+    skip = {"run.json", "begun.json", "manifest.json"}
     h = hashlib.sha256()
     for f in sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json") and p.name not in skip):
         h.update(f.relative_to(path).as_posix().encode() + b"\0"); _digest(f, h)

@@ -14,18 +14,16 @@ RECORDS = {"run.json", "results.json", "begun.json"}
 
 
 def halve(path: Path):
-    "Store float32 tensors as float16."
+    "Store float32 tensors as float16; a file without any is left byte for byte."
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
     with safe_open(path, "pt") as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
-    save_file({k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}, path, meta)
+    if any(v.dtype == torch.float32 for v in tensors.values()): save_file({k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}, path, meta)
 
 
 def publish():
     root = project_root()
-    manifest_path = root/"data/foundation/manifest.json"
-    manifest = read_json(manifest_path) if manifest_path.exists() else {}
     for name, (folder, stage) in WEIGHTS.items():
         source, target, record = root/"runs/foundation"/folder, root/"data/foundation"/name, root/"runs/foundation"/stage
         if not (record/"results.json").exists(): print(f"{name}: {record} is not finished, left as it is"); continue
@@ -40,9 +38,9 @@ def publish():
         made = {k: run.get(k) for k in ("page", "params", "seconds", "machine", "versions", "revision")}
         made["params"] = {k: v for k, v in run["params"].items() if k not in ("out", "threads")}
         size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
-        manifest[name] = made | {"hash": hash_folder(target), "megabytes": round(size/2**20, 2), "licence": "Apache-2.0", "quality": read_json(record/"results.json")}
-        print(f"{name}: {size/2**20:.1f} MB, {manifest[name]['hash']}")
-    write_json(manifest_path, manifest)
+        made |= {"hash": hash_folder(target), "megabytes": round(size/2**20, 2), "licence": "Apache-2.0", "quality": read_json(record/"results.json")}
+        write_json(target/"manifest.json", made)
+        print(f"{name}: {size/2**20:.1f} MB, {made['hash']}")
 
 
 if __name__ == "__main__": publish()
