@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['UNETS', 'make_unet', 'tune_attention', 'denoise']
 
-# %% ../nbs/15_denoiser.ipynb #33df78f2
-from pathlib import Path
+# %% ../nbs/15_denoiser.ipynb #79deaa14
 import torch
 from .core import RecapError, nearest
 

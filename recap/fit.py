@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['step_indices', 'FitConfig', 'rate', 'optimizers', 'save_checkpoint', 'load_checkpoint', 'fit']
 
-# %% ../nbs/01a_fit.ipynb #9bcf3bdd
-import dataclasses, json, math
+# %% ../nbs/01a_fit.ipynb #f2a933a5
+import dataclasses, json
 from pathlib import Path
 import torch
 from .core import Config, RecapError, atomic_write, keyed_numpy, keyed_torch, progress

@@ -8,10 +8,10 @@ __all__ = ['SIZE_WORDS', 'COLOUR_WORDS', 'COUNT_WORDS', 'PLACE_WORDS', 'PLACE_NA
            'descriptive_caption', 'AltMix', 'partial_phrase', 'alt_text', 'people_prompt', 'Reading', 'read_facts',
            'Comparison', 'one_way', 'compare']
 
-# %% ../nbs/03_language.ipynb #d17d9251
+# %% ../nbs/03_language.ipynb #f138f525
 import dataclasses, functools, random, re
-from .core import Config, RecapError, keyed_rng
-from .world import COLOURS, PLACES, Fact, Scene, nouns, visible_facts
+from .core import Config, RecapError
+from .world import COLOURS, Scene, nouns
 
 # %% ../nbs/03_language.ipynb #868aebd2
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}

@@ -6,13 +6,12 @@
 __all__ = ['to_tensor', 'to_pixels', 'picture_pool', 'VAEConfig', 'make_vae', 'reconstruction_loss', 'vae_loss', 'train_vae',
            'sharpen_decoder', 'load_vae', 'encode', 'decode', 'TrainVAEConfig', 'run_vae']
 
-# %% ../nbs/14_latents.ipynb #5c909a0e
+# %% ../nbs/14_latents.ipynb #9e01c4bc
 import dataclasses
 from pathlib import Path
 import numpy as np
 import torch
-import torch.nn.functional as F
-from .core import Config, RecapError, foundation, hash_folder, write_json
+from .core import Config, RecapError, foundation
 from .fit import FitConfig, fit
 from .world import WorldConfig, render, sample_scene
 

@@ -6,11 +6,11 @@
 __all__ = ['SPECIALS', 'BLANKS', 'all_texts', 'train_tokenizer', 'load_tokenizer', 'corrupt', 'TextConfig', 'make_t5', 'reword',
            'pad', 'train_text_encoder', 'TextEncoder', 'TrainTextConfig', 'run_text']
 
-# %% ../nbs/05_text.ipynb #bc8cba7a
+# %% ../nbs/05_text.ipynb #2f8cfee8
 import dataclasses
 from pathlib import Path
 import torch
-from .core import Config, RecapError, atomic_write, foundation, hash_folder, keyed_rng
+from .core import Config, RecapError, atomic_write, foundation, keyed_rng
 from .fit import FitConfig, fit
 from .language import alt_text, descriptive_caption, people_prompt, short_caption
 from .world import WorldConfig, sample_scene

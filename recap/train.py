@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CaptionDraw', 'recipe_loss', 'Painter', 'TrainConfig', 'start_unet', 'train_arm']
 
-# %% ../nbs/17_train.ipynb #6b0dda16
+# %% ../nbs/17_train.ipynb #14becdf8
 import dataclasses
 from pathlib import Path
 import numpy as np
 import torch
 from .blend import blend_styles, parse_recipe
-from .cache import load_cache
+from .cache import load_cache, toy_cache
 from .core import Config, RecapError, foundation, hash_folder, keyed_numpy, keyed_torch, read_json, resolve_path, write_json
 from .denoiser import denoise, make_unet, tune_attention
 from .diffusion import euler, flow_loss, guided
@@ -83,11 +83,11 @@ class Painter:
             out.append(decode(self.vae, z))
         return np.concatenate(out)
 
-# %% ../nbs/17_train.ipynb #6fa7aae5
+# %% ../nbs/17_train.ipynb #35ee979c
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
     "One arm of the study."
-    encoded: str = ""
+    encoded: str = "toy"
     recipe: str = "dsc95"
     base: str = ""
     unet: str = "xs"
@@ -112,14 +112,14 @@ def start_unet(cfg, cache):
     if not (path/"unet"/"config.json").exists(): raise RecapError(f"base={cfg.base!r}: no arm in {path}")
     return tune_attention(UNet2DConditionModel.from_pretrained(path/"unet", torch_dtype=torch.float32))
 
-# %% ../nbs/17_train.ipynb #3c22f65e
+# %% ../nbs/17_train.ipynb #a799a708
 def train_arm(
     cfg:TrainConfig,
     out:Path,             # folder of the arm and its checkpoints
     seed:int=0,
 ) -> dict:                # loss at the end, samples seen, share of each column
     "Train one arm and save it."
-    home = resolve_path(cfg.encoded)
+    home = toy_cache() if cfg.encoded == "toy" else resolve_path(cfg.encoded)
     cache, recipe = load_cache(home), parse_recipe(cfg.recipe)
     missing = [s for s in recipe.shares if s not in cache.captions]
     if missing: raise RecapError(f"recipe {cfg.recipe!r} reads {', '.join(missing)}, which {home} does not hold (it has: {', '.join(cache.captions)})")
