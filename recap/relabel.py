@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['default_captioner', 'captioner_folder', 'Scribe', 'ask', 'in_batches', 'relabel_shard', 'prepare_column',
            'finish_column', 'check_styles', 'find_scribes', 'relabel', 'write_file_captions', 'knows_only_sprites',
-           'relabel_path', 'summary', 'RelabelConfig', 'run_relabel']
+           'untuned', 'relabel_path', 'summary', 'RelabelConfig', 'run_relabel']
 
 # %% ../nbs/12_relabel.ipynb #a1f3116c
 import inspect, itertools, json, re
@@ -218,6 +218,11 @@ def knows_only_sprites(scribe:Scribe) -> bool:
     "Is this one of the small captioners, which were trained on Sprite World alone?"
     return scribe.folder is not None and (scribe.view[0] or 1000) <= 64
 
+def untuned(scribes:dict) -> list:
+    "Styles whose captioner is a folder of ours that was not tuned to them."
+    made = {s: scribe.folder/"manifest.json" for s, scribe in scribes.items() if scribe.folder}
+    return [s for s, path in made.items() if path.exists() and read_json(path).get("style") != s]
+
 def relabel_path(
     path,                 # folder of images, folder of img2dataset shards, one image or one tar
     styles="dsc",         # names, separated by commas
@@ -241,7 +246,7 @@ def relabel_path(
     small = not (corpus.path/"world.json").exists() and any(map(knows_only_sprites, scribes.values()))
     return dict(path=str(path), kind=corpus.kind, images=made[styles[-1]]["images"], empty=made[styles[-1]]["empty"], styles=styles,
                 captioners={s: scribe.identity for s, scribe in scribes.items()}, skipped=skipped, warnings=corpus.warnings,
-                files=[str(f) for f in files], sprites_only=small)
+                files=[str(f) for f in files], sprites_only=small, untuned=untuned(scribes))
 
 # %% ../nbs/12_relabel.ipynb #e38b328c
 def summary(
@@ -256,6 +261,7 @@ def summary(
         said.append(f"  {reason}: {n}: {', '.join(files[:names])}{' ...' if n > names else ''}")
     said += [f"  warning: {w}" for w in done["warnings"][:names]]
     said.append(f"written: {', '.join(done['files'])}")
+    if done["untuned"]: said.append(f"note: the captioner used for {', '.join(done['untuned'])} was not tuned to that style, so its captions are of any length; `make study` tunes one: --captioner runs/cpu/tune_dsc")
     if done["sprites_only"]: said.append("note: this small captioner was trained on Sprite World only, so its words for photographs are wrong; give a captioner of your own with --captioner")
     return "\n".join(said)
 
