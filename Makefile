@@ -9,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RECAP := $(BIN)/recap
 
-.PHONY: help study smoke foundation publish test test-all bench lab readme export clean-runs
+.PHONY: help study smoke foundation publish publish-study test test-all bench lab readme export clean-runs
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test-all                 the long ones too: many kills, big corpora"
 	@echo "make foundation               train the small foundation weights again"
 	@echo "make publish                  copy what make foundation trained to data/foundation"
+	@echo "make publish-study            copy a finished study's numbers and picture to data/results"
 	@echo "make bench                    the benchmarks, as a table"
 	@echo "make lab                      open the pages in JupyterLab"
 	@echo "make export                   pages -> recap/, cleaned (what a commit needs)"
@@ -65,6 +66,9 @@ lab: .venv/installed-lab
 export: .venv/installed-dev
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+
+publish-study: .venv/installed-core
+	@$(BIN)/python -c 'from recap.results import publish_study; publish_study("runs/$(SCALE)", "data/results")'
 
 readme: .venv/installed-dev
 	$(BIN)/python docs/readme.py
