@@ -122,6 +122,8 @@ def fit(
 ) -> dict:                   # {"loss": [...], "ema": state dict or None}
     "Train a model; a killed run goes on from its last checkpoint and ends with the same weights."
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state()     # it is shared by all of a process and holds the first run's precision
     acc = Accelerator(mixed_precision=cfg.dtype, cpu=not torch.cuda.is_available())
     opts = optimizers(model, cfg)
     net, *opts = acc.prepare(model, *opts)
@@ -143,5 +145,6 @@ def fit(
         losses.append(loss.item())
         if file and cfg.save_every and (step + 1) % cfg.save_every == 0 and acc.is_main_process:
             save_checkpoint(file, model, opts, ema, step + 1, settings)
+    acc.unwrap_model(net, keep_fp32_wrapper=False)     # outside the loop the model computes in its own precision again
     named = {k: v for (k, _), v in zip(model.named_parameters(), ema)} if ema else None
     return {"loss": losses, "ema": {**model.state_dict(), **named} if ema else None}
