@@ -94,7 +94,7 @@ class EvaluateConfig(Config):
     corpus:str="toy"             # held-out scenes
     prompts:int=12               # questions, each asked in both kinds of text
     repeats:int=1                # pictures a prompt, from different noise; the ceilings need one
-    guidance_scale:float=3.0     # of classifier-free guidance
+    guidance_scale:float=5.0     # of classifier-free guidance
     num_inference_steps:int=20   # of the sampler
     batch_size:int=32            # pictures painted at once
     vae:str=""                   # folder of the autoencoder for "vae"; empty: the foundation one

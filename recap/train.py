@@ -70,7 +70,7 @@ class Painter:
         return cls(unet, load_vae(where["vae"], device), TextEncoder.from_pretrained(where["text"], device))
 
     @torch.no_grad()
-    def paint(self, prompts, seeds, guidance_scale=3., num_inference_steps=20, batch_size=64, dtype="bf16"):
+    def paint(self, prompts, seeds, guidance_scale=5., num_inference_steps=20, batch_size=64, dtype="bf16"):
         "Pictures uint8 (n, h, w, 3); the same prompt and seed give the same picture in whatever batch."
         out, device = [], self.unet.device
         states, mask = self.text.encode(prompts, truncate=True); empty, _ = self.text.encode([""])
