@@ -9,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RECAP := $(BIN)/recap
 
-.PHONY: help study smoke foundation publish publish-study test test-all bench lab readme export clean-runs
+.PHONY: help study smoke foundation publish publish-study test test-all bench lab pages readme export clean-runs
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make publish-study            copy a finished study's numbers and picture to data/results"
 	@echo "make bench                    the benchmarks, as a table"
 	@echo "make lab                      open the pages in JupyterLab"
+	@echo "make pages [PAGES=17_train]   run the pages with their defaults and keep their outputs"
 	@echo "make export                   pages -> recap/, cleaned (what a commit needs)"
 	@echo "make readme                   README.md from nbs/index.ipynb"
 
@@ -62,6 +63,9 @@ bench: .venv/installed-dev
 
 lab: .venv/installed-lab
 	@cd nbs && ../$(BIN)/jupyter lab
+
+pages: .venv/installed-dev
+	@OMP_NUM_THREADS=1 $(BIN)/python workflow/execute.py $(PAGES)
 
 export: .venv/installed-dev
 	$(BIN)/nbdev_export
