@@ -32,6 +32,7 @@ def main():
         (folder/name).write_bytes(data)
         text = text.replace(f"({name})", f"(docs/readme/{name})")
     text = re.sub(r"\]\((\d\w+)\.(?:ipynb|html)\)", r"](nbs/\1.ipynb)", text)  # links between pages
+    text = text.replace("](../", "](")  # what lies beside nbs/
     (ROOT/"README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf8")
 
 
