@@ -19,6 +19,7 @@ def main():
     nb.cells = [c for c in nb.cells if shown(c)]
     nb.metadata["language_info"] = {"name": "python"}
     for cell in nb.cells:
+        if re.search(r"^#\|\s*echo:\s*false\s*$", cell.source, re.M): cell.source = ""
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
         for out in cell.get("outputs", []):
             data = out.get("data", {})
@@ -32,7 +33,7 @@ def main():
         (folder/name).write_bytes(data)
         text = text.replace(f"({name})", f"(docs/readme/{name})")
     text = re.sub(r"\]\((\d\w+)\.(?:ipynb|html)\)", r"](nbs/\1.ipynb)", text)  # links between pages
-    text = text.replace("](../", "](")  # what lies beside nbs/
+    text = re.sub(r"```python\s*```\n*", "", text).replace("](../", "](")  # what lies beside nbs/
     (ROOT/"README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf8")
 
 

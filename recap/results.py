@@ -13,6 +13,7 @@ import base64, html, io, math, re, textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from .blend import RECIPES
 from .claims import (PAIRS, TEXT_TITLES, WIRING, accuracy, all_claims, arms_of, caption_styles, compare_arms, headline,
     name_of, points, read_study, readable_kinds, rows_of, style_order, toy_study)
 from .core import Config, RecapError, atomic_write, project_root, read_json, resolve_path, time_text, write_json
@@ -405,7 +406,10 @@ def headline_table(
 ) -> str:          # Markdown
     "The scores of a study as a small table."
     results = read_json(path)
+    known = [*RECIPES, "vae", "real"]
+    order = sorted(results["scores"], key=lambda m: known.index(m) if m in known else -1)
     cell = lambda i: f"{100*i['mean']:.0f} % ({100*i['lo']:.0f}–{100*i['hi']:.0f})"
     head = "| captions | facts right, descriptive prompts | facts right, people's prompts | true prompt ranked first of ten |\n|---|---|---|---|\n"
-    rows = [f"| {name_of(m)} | {cell(s['descriptive']['facts'])} | {cell(s['people']['facts'])} | {cell(s['descriptive']['first'])} |" for m, s in results["scores"].items()]
+    rows = [f"| {name_of(m)} | {cell(s['descriptive']['facts'])} | {cell(s['people']['facts'])} | {cell(s['descriptive']['first'])} |"
+            for m, s in ((m, results["scores"][m]) for m in order)]
     return head + "\n".join(rows) + f"\n\n{results['headline']}"

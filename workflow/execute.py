@@ -10,14 +10,20 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def scrub(text):
+    "Without the folder of this machine and addresses in memory."
+    return re.sub(r" at 0x[0-9a-f]+", "", text.replace(f"{ROOT}/", "").replace(str(ROOT), "."))
+
+
 def tidy(outputs):
-    "Without warnings and progress, second copies of a picture, and addresses in memory."
+    "Without warnings and progress, second copies of a picture, and what only this machine knows."
     kept = [o for o in outputs if not (o.output_type == "stream" and o.name == "stderr")]
     for o in kept:
         data = o.get("data", {})
         if "image/png" in data:
             for kind in ("image/jpeg", "text/plain"): data.pop(kind, None)
-        if "text/plain" in data: data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", data["text/plain"])
+        for kind in data.keys() & {"text/plain", "text/html", "text/markdown"}: data[kind] = scrub(data[kind])
+        if o.output_type == "stream": o.text = scrub(o.text)
     return kept
 
 
