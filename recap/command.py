@@ -149,7 +149,7 @@ def relabel(
 @app.command()
 def caption(
     images:list[Path]=typer.Argument(help="picture files"),
-    style:str=typer.Option("dsc", help="ssc or dsc"),
+    style:str=typer.Option("", help="ssc or dsc; empty: whatever the captioner writes"),
     captioner:str=typer.Option("", help="folder of a captioner"),
 ):
     "Caption pictures and print the captions."
@@ -160,7 +160,8 @@ def caption(
         try: pictures.append(decode_image(p.read_bytes()))
         except BadImage as e: raise RecapError(f"{p} is not a picture that can be read: {e.reason}") from None
     from recap.relabel import Scribe, ask, check_styles
-    for p, row in zip(images, ask(Scribe(captioner, check_styles(style)[0]), pictures, style)): print(f"{p}: {row['caption']}")
+    if style: check_styles(style)
+    for p, row in zip(images, ask(Scribe(captioner, style), pictures, style)): print(f"{p}: {row['caption']}")
 
 # %% ../nbs/28_command.ipynb #4cb6561e
 @app.command()

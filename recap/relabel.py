@@ -25,6 +25,7 @@ def default_captioner(
     style:str, # a column, such as "dsc"
 ) -> Path:
     "The foundation's captioner for a style: one tuned for it if there is one, else the base captioner."
+    if style not in ("", "ssc", "dsc"): raise RecapError(f"unknown style {style!r}: the captioners that come with the project write ssc or dsc; a style of your own needs its own captioner (--captioner FOLDER)")
     try: return foundation(f"captioner_{style}")
     except RecapError: return foundation("captioner")
 

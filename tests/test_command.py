@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 from conftest import ROOT, borrow, one_line, recap
 
 
@@ -70,10 +71,12 @@ def test_world_make_and_inspect(root, tmp_path):
 
 @needs("relabel", "captioner")
 def test_relabel_mistakes(root, tmp_path):
-    (tmp_path/"empty").mkdir()
+    (tmp_path/"empty").mkdir(); (tmp_path/"w").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path/"w"/"a.png")
     one_line(recap(root, "relabel", tmp_path/"none", "--style", "dsc", "--out", tmp_path/"o"), "none")
     one_line(recap(root, "relabel", tmp_path/"empty", "--style", "dsc", "--out", tmp_path/"o"), "empty")
     one_line(recap(root, "relabel", tmp_path/"empty", "--style", "d/sc", "--out", tmp_path/"o"), "style")
+    one_line(recap(root, "relabel", tmp_path/"w", "--style", "cds", "--out", tmp_path/"o"), "unknown style 'cds'")
     one_line(recap(root, "relabel", tmp_path/"empty", "--style", "dsc", "--captioner", tmp_path/"none", "--out", tmp_path/"o"))
     assert not (tmp_path/"o").exists()
 
