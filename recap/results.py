@@ -394,8 +394,9 @@ def publish_study(
     from PIL import Image
     study, results = read_study(folder), read_json(Path(folder)/"results.json")
     runs = {k: v["run"] for k, v in study.items() if v["run"]}
-    keep = ("seed", "machine", "versions", "revision", "weights")
-    made = {k: read_json(Path(folder)/"report/run.json").get(k) for k in keep} | {"minutes": {k: round(r["seconds"]/60, 2) for k, r in runs.items()}}
+    last = read_json(Path(folder)/"report/run.json")
+    weights = {k: r["weights"] for k, r in runs.items() if r.get("weights")}
+    made = {k: last[k] for k in ("machine", "versions", "revision")} | {"seed": last["params"]["seed"], "weights": weights, "minutes": {k: round(r["seconds"]/60, 2) for k, r in runs.items()}}
     scale = results["scale"]
     write_json(Path(out)/f"{scale}.json", {**results, "provenance": made})
     fig = result_picture(study); fig.savefig(drawn := io.BytesIO(), dpi=100); plt.close(fig)
