@@ -85,17 +85,18 @@ def _unflatten(opts, tensors):
 # %% ../nbs/01a_fit.ipynb #ef1c5760
 def save_checkpoint(
     path:Path,    # one file, replaced atomically
-    model, opts, ema, step, settings:dict,
+    model, opts, ema, losses:list, settings:dict,
 ):
     "Write all that a run needs to go on."
     from safetensors.torch import save
     tensors = {f"model.{k}": v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     tensors |= {f"ema.{i}": v.cpu().contiguous() for i, v in enumerate(ema or [])} | {k: v.cpu().contiguous() for k, v in _flatten(opts).items()}
-    with atomic_write(path) as f: f.write(save(tensors, metadata={"step": str(step), "settings": json.dumps(settings, sort_keys=True)}))
+    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+    with atomic_write(path) as f: f.write(save(tensors, metadata={"step": str(len(losses)), "settings": json.dumps(settings, sort_keys=True)}))
 
 def load_checkpoint(
     path:Path, model, opts, ema, settings:dict,
-) -> int:          # the step to go on with; raises RecapError for a damaged file or changed settings
+) -> list:         # the losses so far, as many as steps are done; raises RecapError for a damaged file or changed settings
     "Put a run back where it was."
     from safetensors import safe_open
     try:
@@ -108,7 +109,7 @@ def load_checkpoint(
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     for i, v in enumerate(ema or []): v.copy_(tensors[f"ema.{i}"])
     _unflatten(opts, tensors)
-    return int(meta["step"])
+    return tensors["losses"].tolist()
 
 # %% ../nbs/01a_fit.ipynb #b84d205f
 def fit(
@@ -128,9 +129,10 @@ def fit(
     opts = optimizers(model, cfg)
     net, *opts = acc.prepare(model, *opts)
     ema = [p.detach().clone() for p in model.parameters()] if cfg.ema else None
-    settings, losses, first = {**cfg.to_dict(), **(settings or {})}, [], 0
+    settings, losses = {**cfg.to_dict(), **(settings or {})}, []
     file = Path(out)/"checkpoint.safetensors" if out else None
-    if file and file.exists(): first = load_checkpoint(file, model, opts, ema, settings)
+    if file and file.exists(): losses = load_checkpoint(file, model, opts, ema, settings)
+    first = len(losses)
     model.train()
     for step in progress(range(first, cfg.steps), cfg.steps - first, desc):
         mine = step_indices(n, cfg.batch_size, step, cfg.seed)[acc.process_index::acc.num_processes]
@@ -144,7 +146,7 @@ def fit(
         if ema: torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - min(cfg.ema, (step + 1)/(step + 10)))
         losses.append(loss.item())
         if file and cfg.save_every and (step + 1) % cfg.save_every == 0 and acc.is_main_process:
-            save_checkpoint(file, model, opts, ema, step + 1, settings)
+            save_checkpoint(file, model, opts, ema, losses, settings)
     acc.unwrap_model(net, keep_fp32_wrapper=False)     # outside the loop the model computes in its own precision again
     named = {k: v for (k, _), v in zip(model.named_parameters(), ema)} if ema else None
     return {"loss": losses, "ema": {**model.state_dict(), **named} if ema else None}
