@@ -76,6 +76,7 @@ def build_cache(
     for s in styles:
         if s not in corpus.styles(): raise RecapError(f"{cfg.corpus}: no caption column {s!r} (there are: {', '.join(corpus.styles()) or 'none'}); `recap relabel` writes one")
     columns = {s: corpus.captions(s) for s in styles}
+    over = {s: sum(len(e.ids) >= encoder.max_tokens for e in encoder.tokenizer.encode_batch([c or "" for c in columns[s].values()])) for s in styles}
     for shard in progress(corpus.shards, len(corpus.shards), "encoding"):
         cache_pictures(corpus, shard, vae, hashes["vae"], cfg.size, out)
         for s in styles: cache_texts(corpus, shard, s, columns[s], encoder, hashes["text"], out)
@@ -84,6 +85,7 @@ def build_cache(
     cache = load_cache(out)
     return {"pictures": len(cache.keys), "styles": styles, "encoders": hashes, "skipped": len(corpus.faults),
             "missing_captions": {s: int((cache.lengths[s] == 0).sum()) for s in styles},
+            "truncated_captions": over,    # longer than the encoder's budget, so their ends are not read
             "megabytes": {"latents": cache.latents.nbytes/1e6, "text": sum(v.nbytes for v in cache.values.values())/1e6}}
 
 # %% ../nbs/14a_cache.ipynb #6ad8c0ab

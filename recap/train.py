@@ -50,7 +50,7 @@ def recipe_loss(
 # %% ../nbs/17_train.ipynb #72ab5136
 class Painter:
     "Draws pictures from prompts with a trained arm."
-    def __init__(self, unet, vae, text, size=64): self.unet, self.vae, self.text, self.size = unet.eval(), vae, text, size
+    def __init__(self, unet, vae, text): self.unet, self.vae, self.text = unet.eval(), vae, text
 
     @classmethod
     def from_pretrained(
@@ -71,9 +71,9 @@ class Painter:
 
     @torch.no_grad()
     def paint(self, prompts, seeds, guidance_scale=5., num_inference_steps=20, batch_size=64, dtype="bf16"):
-        "Pictures uint8 (n, h, w, 3); the same prompt and seed give the same picture in whatever batch."
+        "Pictures uint8 (n, h, w, 3), the same for a prompt and seed in whatever batch; RecapError for a prompt over the token budget."
         out, device = [], self.unet.device
-        states, mask = self.text.encode(prompts, truncate=True); empty, _ = self.text.encode([""])
+        states, mask = self.text.encode(prompts); empty, _ = self.text.encode([""])
         c, s = self.unet.config.in_channels, self.unet.config.sample_size
         for i in range(0, len(prompts), batch_size):
             part = slice(i, i + batch_size)
