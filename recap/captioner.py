@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from .core import Config, RecapError, atomic_write, keyed_rng, progress, read_json, write_json
 from .fit import FitConfig, fit
-from .language import alt_text, compare, descriptive_caption, short_caption
+from .language import alt_text, descriptive_caption, short_caption
+from .reader import compare
 from .text import train_tokenizer
-from .world import WorldConfig, render, sample_scene
+from .world import render, scenes_of, visible_scene
 
 # %% ../nbs/08_captioner.ipynb #feb6c3fb
 SIZES = {  # width, heads, then the layers of the image tower, text tower and decoder
@@ -228,11 +229,7 @@ class PretrainConfig(Config):
     size:str = "tiny"               # a key of SIZES
     vocab_size:int = 600            # tokens at most
     scenes:int = 300                # pictures
-    nouns:int = 12                  # the world, as in 02_world
-    colours:int = 8
-    places:int = 6
-    max_things:int = 2
-    max_count:int = 1
+    world:str = "easy"              # as in 02_world
     share_alt:float = .4            # of texts that are alt-text
     share_short:float = .3
     share_long:float = .3
@@ -255,25 +252,23 @@ class PretrainConfig(Config):
 
     @property
     def shares(self): return dict(alt=self.share_alt, short=self.share_short, long=self.share_long)
-    @property
-    def world(self): return WorldConfig(self.nouns, self.colours, self.places, self.max_things, self.max_count)
     def fitting(self, seed): return FitConfig(**{k: getattr(self, k) for k in ("steps", "batch_size", "lr", "muon_lr", "warmup", "decay", "dtype", "save_every")}, weight_decay=0., seed=seed)
 
 # %% ../nbs/08_captioner.ipynb #06e68a5e
 def _draw(job):
     seed, indices, world, split, size = job
-    scenes = [sample_scene(seed, i, world, split) for i in indices]
-    return scenes, np.stack([np.asarray(render(s, size)) for s in scenes])
+    scenes = list(scenes_of(world, len(indices), seed, split, indices[0]))
+    return [visible_scene(s, size) for s in scenes], np.stack([np.asarray(render(s, size)) for s in scenes])
 
 def scene_pool(
     n:int,                    # pictures
-    world:WorldConfig,
+    world:str="easy",         # as in 02_world
     seed:int=0,
     split:str="foundation",   # whose random numbers
     size:int=64,              # side, pixels
     workers:int=1,            # processes; the pool is the same with any number
     first:int=0,              # index of the first scene
-):                            # -> (scenes, uint8 (n, size, size, 3))
+):                            # -> (what can be seen of each scene, uint8 (n, size, size, 3))
     "Draw scenes and keep them as bytes."
     jobs = [(seed, range(first + i, first + min(i + 250, n)), world, split, size) for i in range(0, n, 250)]
     if workers > 1 and len(jobs) > 1:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from .core import Config, RecapError, foundation
 from .fit import FitConfig, fit
-from .world import WorldConfig, render, sample_scene
+from .world import render, scenes_of
 
 # %% ../nbs/14_latents.ipynb #280fd5b2
 def to_tensor(
@@ -29,14 +29,14 @@ def to_pixels(
     return x.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 def picture_pool(
-    n:int,                        # pictures
-    size:int=64,                  # pixels
+    n:int,                   # pictures
+    size:int=64,             # pixels
     seed:int=0,
-    split:str="foundation",       # of the world's random streams
-    world:WorldConfig=WorldConfig(),
-) -> np.ndarray:                  # uint8 (n, size, size, 3)
+    split:str="foundation",  # of the world's random streams
+    world:str="easy",        # or several in turn: "easy+whole"
+) -> np.ndarray:             # uint8 (n, size, size, 3)
     "Pictures of the world, drawn for training; no corpus on disk is needed."
-    return np.stack([np.asarray(render(sample_scene(seed, i, world, split), size)) for i in range(n)])
+    return np.stack([np.asarray(render(s, size)) for s in scenes_of(world, n, seed, split)])
 
 # %% ../nbs/14_latents.ipynb #abc8c5a8
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +152,7 @@ def decode(
 class TrainVAEConfig(Config):
     "The autoencoder stage."
     pictures: int = 64
+    world: str = "easy"
     size: int = 64
     latent_channels: int = 8
     widths: str = "16,32,64,80"
@@ -164,14 +165,14 @@ class TrainVAEConfig(Config):
 
 def run_vae(cfg:TrainVAEConfig, out:Path, seed=0):
     "Train the autoencoder on pictures of the world and save it as diffusers does, in half precision."
-    pictures = picture_pool(cfg.pictures, cfg.size, seed)
+    pictures = picture_pool(cfg.pictures, cfg.size, seed, world=cfg.world)
     fit_cfg = FitConfig(steps=cfg.steps, batch_size=cfg.batch_size, lr=cfg.lr, ema=.995, warmup=50, decay=.5, save_every=cfg.save_every, dtype=cfg.dtype, seed=seed)
     shape = VAEConfig(latent_channels=cfg.latent_channels, widths=cfg.widths)
     vae, curve = train_vae(pictures, shape, fit_cfg, out)
     if cfg.decoder_steps: curve = curve + sharpen_decoder(vae, pictures, shape, dataclasses.replace(fit_cfg, steps=cfg.decoder_steps), Path(out)/"decoder")
     vae.half().save_pretrained(Path(out)/"vae")
     vae = load_vae(Path(out)/"vae")
-    held = picture_pool(min(256, cfg.pictures), cfg.size, seed, "test")
+    held = picture_pool(min(256, cfg.pictures), cfg.size, seed, "test", cfg.world)
     error = np.abs(decode(vae, encode(vae, held)).astype(float) - held).mean()/255
     return {"loss": curve[-1] if curve else None, "mean_absolute_error": float(error), "parameters": sum(p.numel() for p in vae.parameters()),
             "psnr_db": float(np.mean([10*np.log10(255**2/((decode(vae, encode(vae, held[i:i+1])).astype(float) - held[i:i+1])**2).mean()) for i in range(min(32, len(held)))]))}

@@ -138,8 +138,10 @@ def fact_words(fact) -> str:
     kind, rest = fact[0], list(fact[1:])
     if kind == "relation": return " ".join(rest)
     if kind == "count": return f"{rest[1]} × {rest[0]}"
-    if kind in ("colour", "size"): return f"{rest[1]} {rest[0]}"
+    if kind in ("colour", "size", "texture"): return f"{rest[1]} {rest[0]}"
     if kind == "position": return f"{rest[0]}: {rest[1]}"
+    if kind == "family": return f"a {rest[0]} of some kind"
+    if kind == "word": return f"“{rest[1]}” on the {rest[0]}"
     return " ".join(rest)
 
 def data_uri(picture) -> str:

@@ -13,19 +13,19 @@ import torch
 from .core import Config, RecapError, atomic_write, foundation, keyed_rng
 from .fit import FitConfig, fit
 from .language import alt_text, descriptive_caption, people_prompt, short_caption
-from .world import WorldConfig, sample_scene
+from .world import scenes_of
 
 # %% ../nbs/05_text.ipynb #da9b3cf8
 def all_texts(
-    n:int,                          # scenes to talk about
+    n:int,                   # scenes to talk about
     seed:int=0,
-    world:WorldConfig=WorldConfig(),
+    world:str="easy",        # or several in turn: "easy+whole"
     split:str="foundation",
-) -> list[str]:                     # five texts a scene
+) -> list[str]:              # five texts a scene
     "Text of every kind about scenes that no one draws."
     out = []
-    for i in range(n):
-        scene, rng = sample_scene(seed, i, world, split), keyed_rng(seed, "text", split, i)
+    for i, scene in enumerate(scenes_of(world, n, seed, split)):
+        rng = keyed_rng(seed, "text", split, i)
         out += [alt_text(scene, rng), short_caption(scene, rng, rng.choice(("captioner", "people"))), people_prompt(scene, rng),
                 descriptive_caption(scene, rng, "captioner"), descriptive_caption(scene, rng, "people")]
     return out
@@ -84,6 +84,7 @@ class TextConfig(Config):
     heads: int = 4
     vocab_size: int = 1024
     scenes: int = 20000     # to talk about in training, five texts each
+    world: str = "easy"     # of the scenes, or several in turn: "easy+whole"
 
 def make_t5(cfg:TextConfig, vocab_size:int):
     "A new T5 (v1.1: gated GELU) with a decoder of one layer."
@@ -109,7 +110,7 @@ def train_text_encoder(
     out:Path=None,          # for checkpoints
 ):                          # T5 with decoder, tokenizer, loss curve
     "Train a T5 on text of every kind: a quarter span corruption, the rest rewording."
-    texts = all_texts(cfg.scenes, fit_cfg.seed)
+    texts = all_texts(cfg.scenes, fit_cfg.seed, cfg.world)
     tok = train_tokenizer(texts[:20000], cfg.vocab_size)
     ids, blank = [e.ids for e in tok.encode_batch(texts)], tok.token_to_id("<extra_id_0>")
     torch.manual_seed(fit_cfg.seed)
@@ -167,6 +168,7 @@ class TextEncoder:
 class TrainTextConfig(Config):
     "The text-encoder stage."
     scenes: int = 200
+    world: str = "easy"
     width: int = 64
     layers: int = 2
     heads: int = 4
@@ -180,7 +182,7 @@ class TrainTextConfig(Config):
 
 def run_text(cfg:TrainTextConfig, out:Path, seed=0):
     "Train a text encoder, save it as transformers does, and say how well it fills in what it never saw."
-    text_cfg = TextConfig(cfg.width, cfg.layers, cfg.heads, cfg.vocab_size, cfg.scenes)
+    text_cfg = TextConfig(cfg.width, cfg.layers, cfg.heads, cfg.vocab_size, cfg.scenes, cfg.world)
     fit_cfg = FitConfig(steps=cfg.steps, batch_size=cfg.batch_size, lr=cfg.lr, muon_lr=cfg.muon_lr, ema=.995, warmup=50, save_every=cfg.save_every, dtype=cfg.dtype, seed=seed)
     model, tok, curve = train_text_encoder(text_cfg, fit_cfg, out)
     folder = Path(out)/"text"
@@ -188,7 +190,7 @@ def run_text(cfg:TrainTextConfig, out:Path, seed=0):
     encoder = T5EncoderModel(model.config); encoder.load_state_dict(model.state_dict(), strict=False)
     encoder.half().save_pretrained(folder)
     with atomic_write(folder/"tokenizer.json", "w") as f: f.write(tok.to_str())
-    held, rng = [tok.encode(t).ids for t in all_texts(100, seed, split="test")], keyed_rng(seed, "held")
+    held, rng = [tok.encode(t).ids for t in all_texts(100, seed, cfg.world, "test")], keyed_rng(seed, "held")
     pairs = [corrupt(ids, rng, tok.token_to_id("<extra_id_0>")) for ids in held]
     source, target = pad([p[0] for p in pairs]), pad([p[1] for p in pairs], -100)
     with torch.no_grad(): guess = model.float()(input_ids=source, attention_mask=source != 0, labels=target).logits.argmax(-1)
