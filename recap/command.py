@@ -104,9 +104,13 @@ def stage(
 def make(
     out:Path=typer.Option(..., help="folder of the new corpus"),
     n:int=typer.Option(1000, help="pictures"),
-    size:int=typer.Option(64, help="side in pixels"),
-    seed:int=typer.Option(0),
+    size:int=typer.Option(64, help="height in pixels"),
+    width:int=typer.Option(0, help="width in pixels; 0: square"),
+    seed:int=typer.Option(0, help="another seed, other pictures"),
+    world:str=typer.Option("easy", help="easy, middle or whole, or with changes: easy,nouns=16"),
+    split:str=typer.Option("train", help="train, pairs, test, novel, scorer or foundation: each has scenes of its own"),
     truth_styles:str=typer.Option("", help="caption columns written from the truth, such as ssc,dsc"),
+    workers:int=typer.Option(0, help="processes that draw; 0: all cores"),
 ):
     "Draw a corpus of Sprite World."
     from recap.corpus import CorpusConfig, make_world
@@ -114,8 +118,10 @@ def make(
     out = out.expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
         raise RecapError(f"{out} exists and is not an empty folder: choose another --out")
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cfg = CorpusConfig.from_dict(dict(n=n, size=size, width=width, seed=seed, world=world, split=split, truth_styles=truth_styles, workers=workers))
     lock_folder(out)
-    made = make_world(CorpusConfig.from_dict(dict(n=n, size=size, seed=seed, truth_styles=truth_styles)), out)
+    made = make_world(cfg, out)
     print(json.dumps(made, indent=1, default=str))
 
 # %% ../nbs/28_command.ipynb #790379fe

@@ -6,13 +6,15 @@
 __all__ = ['IMAGE_SUFFIXES', 'CAPTION_SCHEMA', 'WRITERS', 'SHARD_SCHEMA', 'TRUTH_SCHEMA', 'plain_text', 'index_tar', 'Source',
            'Sample', 'Fault', 'write_caption_table', 'caption_note', 'Corpus', 'TarCorpus', 'tar_sources',
            'read_metadata', 'read_sidecar', 'list_folder', 'folder_texts', 'FolderCorpus', 'CorpusConfig',
-           'world_sample', 'pack_tar', 'pack_parquet', 'world_shard', 'world_version', 'world_state', 'settle',
-           'draw_part', 'start_part', 'draw_shards', 'make_world', 'toy_corpus', 'open_corpus', 'inspect_corpus']
+           'world_scene', 'world_sample', 'pack_tar', 'pack_parquet', 'world_shard', 'world_version', 'world_state',
+           'settle', 'draw_part', 'start_part', 'draw_shards', 'make_world', 'toy_corpus', 'open_corpus',
+           'inspect_corpus']
 
 # %% ../nbs/04_corpus.ipynb #37bcc607
 import csv, hashlib, inspect, io, json, os, shutil, subprocess, sys, tarfile, tempfile
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Iterator
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq
@@ -22,7 +24,7 @@ from .core import Config, RecapError, atomic_write, hash_file, keyed_rng, neares
 from .language import alt_text, descriptive_caption, short_caption
 from .pictures import BadImage, decode_image, work_ahead
 from .runs import die_with_parent
-from .world import SPLITS, Scene, WorldConfig, render, sample_scene, visible_facts
+from .world import SPLITS, Scene, WorldConfig, facts_of, render, sample_scene, visible_scene
 
 # %% ../nbs/04_corpus.ipynb #3fc0bee6
 def plain_text(text:str) -> str:
@@ -355,21 +357,18 @@ class FolderCorpus(Corpus):
 class CorpusConfig(Config):
     "A corpus of Sprite World."
     n: int = 64               # pictures
-    size: int = 64            # side, pixels
+    size: int = 64            # height, pixels
+    width: int = 0            # width, pixels; 0: square
     shard_size: int = 1000    # pictures a shard, at most 10,000
     seed: int = 0             # of the scenes
-    split: str = "train"      # train, pairs, test, scorer or foundation: each has scenes of its own
+    split: str = "train"      # train, pairs, test, novel, scorer or foundation: each has scenes of its own
     truth_styles: str = ""    # columns written from the truth: "", "ssc", "dsc" or "ssc,dsc"
-    nouns: int = 12           # the first n of the world's nouns
-    colours: int = 8          # the first n of its colours
-    places: int = 6           # the first n of its places
-    max_things: int = 2       # things a scene
-    max_count: int = 1        # objects of one kind
+    world: str = "easy"       # how much of Sprite World: easy, middle, whole, or with changes: easy,nouns=16
     workers: int = 1          # processes that draw; the bytes do not depend on it
 
     def __post_init__(self):
-        self.world
-        for name, low, top in (("n", 1, 10**9), ("size", 8, 4096), ("shard_size", 1, 10_000)):
+        WorldConfig.parse(self.world)
+        for name, low, top in (("n", 1, 10**9), ("size", 8, 4096), ("width", 0, 4096), ("shard_size", 1, 10_000), ("workers", 1, 256)):
             if not low <= getattr(self, name) <= top: raise RecapError(f"corpus: {name}={getattr(self, name)} must be between {low} and {top}")
         if bad := sorted(set(self.styles) - set(WRITERS)):
             raise RecapError(f"corpus: unknown style {bad[0]!r} in truth_styles; the truth can be told as {', '.join(WRITERS)}")
@@ -377,24 +376,30 @@ class CorpusConfig(Config):
 
     @property
     def styles(self) -> list: return [s.strip() for s in self.truth_styles.split(",") if s.strip()]
-    @property
-    def world(self) -> WorldConfig: return WorldConfig(**{f.name: getattr(self, f.name) for f in fields(WorldConfig)})
 
 WRITERS = {"ssc": short_caption, "dsc": descriptive_caption}
 
 # %% ../nbs/04_corpus.ipynb #8261bc89
+@lru_cache(4)
+def world_scene(
+    cfg:CorpusConfig, # what world
+    index:int,        # number of the scene in the corpus
+) -> tuple[Scene, Scene]: # as drawn; as it can be seen in a picture of this size
+    "One scene of a corpus."
+    scene = sample_scene(cfg.seed, index, WorldConfig.parse(cfg.world), cfg.split)
+    return scene, visible_scene(scene, cfg.size, cfg.width or None)
+
 def world_sample(
     cfg:CorpusConfig, # what world
     index:int,        # number of the scene in the corpus
-):                    # scene, PNG bytes, row of img2dataset's parquet without the key
+):                    # PNG bytes, row of img2dataset's parquet without the key
     "Draw one scene and write its alt-text."
-    scene = sample_scene(cfg.seed, index, cfg.world, cfg.split)
-    png = io.BytesIO()
-    render(scene, cfg.size).save(png, "PNG")
-    stranger = sample_scene(cfg.seed, index + 1, cfg.world, cfg.split)  # whose text a mixed-up picture gets
-    caption = alt_text(scene, keyed_rng(cfg.seed, "alt", cfg.split, index), other=stranger)
-    return scene, png.getvalue(), dict(caption=caption, url=f"sprite-world:{cfg.split}/{cfg.seed}/{index}", status="success", error_message=None,
-        width=cfg.size, height=cfg.size, original_width=cfg.size, original_height=cfg.size, exif="{}", sha256=hashlib.sha256(png.getvalue()).hexdigest())
+    (drawn, seen), (_, stranger) = world_scene(cfg, index), world_scene(cfg, index + 1)  # whose text a mixed-up picture gets
+    w, h, png = cfg.width or cfg.size, cfg.size, io.BytesIO()
+    render(drawn, h, w).save(png, "PNG")
+    caption = alt_text(seen, keyed_rng(cfg.seed, "alt", cfg.split, index), other=stranger)
+    return png.getvalue(), dict(caption=caption, url=f"sprite-world:{cfg.split}/{cfg.seed}/{index}", status="success", error_message=None,
+        width=w, height=h, original_width=w, original_height=h, exif="{}", sha256=hashlib.sha256(png.getvalue()).hexdigest())
 
 def pack_tar(
     path:Path,   # written atomically
@@ -415,7 +420,7 @@ def pack_parquet(path:Path, rows:list, schema:pa.Schema):
 # %% ../nbs/04_corpus.ipynb #787cb0c4
 SHARD_SCHEMA = pa.schema([(n, pa.string()) for n in ("caption", "url", "key", "status", "error_message")]
     + [(n, pa.int32()) for n in ("width", "height", "original_width", "original_height")] + [("exif", pa.string()), ("sha256", pa.string())])
-TRUTH_SCHEMA = pa.schema([("key", pa.string()), ("scene", pa.string()), ("facts", pa.string())])
+TRUTH_SCHEMA = pa.schema([("key", pa.string()), ("scene", pa.string()), ("facts", pa.string()), ("drawn", pa.string())])
 
 def world_shard(
     cfg:CorpusConfig, # what world
@@ -426,13 +431,12 @@ def world_shard(
     name, files, rows, truth = f"{number:05d}", [], [], []
     told = {s: [] for s in cfg.styles}
     for i, index in enumerate(range(number*cfg.shard_size, min(cfg.n, (number + 1)*cfg.shard_size))):
-        scene, png, row = world_sample(cfg, index)
+        (drawn, seen), (png, row) = world_scene(cfg, index), world_sample(cfg, index)
         key = row["key"] = f"{name}{i:04d}"
         files += [(f"{key}.png", png), (f"{key}.json", json.dumps(row, sort_keys=True).encode()), (f"{key}.txt", row["caption"].encode())]
-        facts = sorted(visible_facts(scene, cfg.size))
         rows.append(row)
-        truth.append(dict(key=key, scene=json.dumps(scene.to_dict(), sort_keys=True), facts=json.dumps(facts)))
-        for s in told: told[s].append(dict(key=key, model="truth", caption=WRITERS[s](scene, keyed_rng(cfg.seed, s, cfg.split, index))))
+        truth.append(dict(key=key, facts=json.dumps(sorted(facts_of(seen)))) | {k: json.dumps(s.to_dict(), sort_keys=True) for k, s in (("scene", seen), ("drawn", drawn))})
+        for s in told: told[s].append(dict(key=key, model="truth", caption=WRITERS[s](seen, keyed_rng(cfg.seed, s, cfg.split, index))))
     pack_tar(out/f"{name}.tar", files)
     pack_parquet(out/f"{name}.parquet", rows, SHARD_SCHEMA)
     pack_parquet(out/"truth"/f"{name}.parquet", truth, TRUTH_SCHEMA)
@@ -443,8 +447,8 @@ def world_shard(
 # %% ../nbs/04_corpus.ipynb #bf9b2e5a
 def world_version() -> str:
     "Hash of all that decides what Sprite World looks like and says."
-    code = [Path(inspect.getfile(inspect.unwrap(f))) for f in (render, alt_text)]
-    files = code + sorted((project_root()/"data"/"sprites").glob("*.svg"))
+    code = {inspect.getfile(inspect.unwrap(f)) for f in (sample_scene, render, visible_scene, facts_of, alt_text, *WRITERS.values())}
+    files = sorted(map(Path, code)) + sorted((project_root()/"data"/"sprites").glob("*.svg"))
     return hashlib.sha256("".join(f.name + hash_file(f) for f in files).encode()).hexdigest()[:16]
 
 def world_state(cfg:CorpusConfig) -> dict:
@@ -527,16 +531,25 @@ def make_world(
                 facts=float(np.mean([len(f) for _, f in corpus.truth().values()])))
 
 # %% ../nbs/04_corpus.ipynb #8e57f903
+def _truth_rows(corpus, shards, *columns):
+    for shard in shards:
+        path = corpus.path/"truth"/f"{shard}.parquet"
+        if path.exists(): yield from ((shard, r) for r in pq.read_table(path, columns=["key", *columns]).to_pylist())
+
 @patch
-def truth(self:Corpus) -> dict: # {(shard, key): (Scene, set of facts)}; {} for all worlds but ours
-    "What is in the pictures, where that is known."
-    found = {}
-    for shard in self.shards:
-        path = self.path/"truth"/f"{shard}.parquet"
-        if not path.exists(): continue
-        for r in pq.read_table(path).to_pylist():
-            found[shard, r["key"]] = Scene.from_dict(json.loads(r["scene"])), {tuple(f) for f in json.loads(r["facts"])}
-    return found
+def truth(self:Corpus,
+    shard:str=None, # only this one
+) -> dict:          # {(shard, key): (Scene, set of facts)}; {} for all worlds but ours
+    "What can be seen in the pictures, where that is known."
+    rows = _truth_rows(self, [shard] if shard else self.shards, "scene", "facts")
+    return {(sh, r["key"]): (Scene.from_dict(json.loads(r["scene"])), {tuple(f) for f in json.loads(r["facts"])}) for sh, r in rows}
+
+@patch
+def drawn(self:Corpus,
+    shard:str=None, # only this one
+) -> dict:          # {(shard, key): Scene}; {} for all worlds but ours
+    "The scenes as they were drawn, with what nobody can see."
+    return {(sh, r["key"]): Scene.from_dict(json.loads(r["drawn"])) for sh, r in _truth_rows(self, [shard] if shard else self.shards, "drawn")}
 
 # %% ../nbs/04_corpus.ipynb #24e7bf2e
 def toy_corpus() -> Path:
