@@ -553,6 +553,7 @@ d = { 'settings': { 'branch': 'main',
                              'recap.world.held_out': ('world.html#held_out', 'recap/world.py'),
                              'recap.world.render': ('world.html#render', 'recap/world.py'),
                              'recap.world.sample_scene': ('world.html#sample_scene', 'recap/world.py'),
+                             'recap.world.scenes_of': ('world.html#scenes_of', 'recap/world.py'),
                              'recap.world.to_svg': ('world.html#to_svg', 'recap/world.py'),
                              'recap.world.visible_facts': ('world.html#visible_facts', 'recap/world.py'),
                              'recap.world.visible_scene': ('world.html#visible_scene', 'recap/world.py')}}}

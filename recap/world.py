@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'SIZES', 'GROUP', 'RELATIONS', 'INVERSE', 'WORDS', 'INDOORS', 'WORLDS', 'SPLITS', 'Fact', 'KINDS',
-           'MIN_PIXELS', 'Thing', 'Scene', 'held_out', 'compositions', 'WorldConfig', 'sample_scene', 'to_svg',
-           'render', 'facts_of', 'visible_scene', 'visible_facts']
+           'MIN_PIXELS', 'Thing', 'Scene', 'held_out', 'compositions', 'WorldConfig', 'sample_scene', 'scenes_of',
+           'to_svg', 'render', 'facts_of', 'visible_scene', 'visible_facts']
 
 # %% ../nbs/02_world.ipynb #04cbf8d8
 import dataclasses, functools, io, random
@@ -195,6 +195,18 @@ def sample_scene(
     for _ in range(10_000):
         if scene := _draw(r, cfg, split): return scene
     raise RecapError(f"world: no scene of the split {split!r} can be made from {cfg}: allow more nouns or colours")
+
+# %% ../nbs/02_world.ipynb #5ce4e50f
+def scenes_of(
+    world:str,               # as WorldConfig.parse reads it, or several in turn: "easy+whole"
+    n:int,                   # scenes
+    seed:int=0,              # of the corpus
+    split:str="foundation",  # one of SPLITS
+    first:int=0,             # number of the first scene
+):                           # the scenes, one after the other
+    "Scenes of one slice of the world, or of several in turn."
+    worlds = [WorldConfig.parse(w) for w in world.split("+")]
+    for i in range(first, first + n): yield sample_scene(seed, i, worlds[i % len(worlds)], split)
 
 # %% ../nbs/02_world.ipynb #50231518
 def to_svg(
