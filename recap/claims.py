@@ -15,7 +15,7 @@ from .blend import RECIPES
 from .core import RecapError, keyed_rng, read_json, resolve_path, write_json
 from .corpus import open_corpus
 from .statistics import bootstrap_mean, bootstrap_ratio, holm, paired_difference
-from .world import COLOURS, KINDS, PLACES, Scene, Thing, nouns, render, visible_facts
+from .world import KINDS, Scene, render, visible_facts
 
 # %% ../nbs/25a_claims.ipynb #5b5b599f
 TEXT_TITLES = {"descriptive": "Descriptive prompts", "people": "Prompts as people write them"}
@@ -47,16 +47,17 @@ def rows_of(study:dict, model:str, text:str) -> list:
 # %% ../nbs/25a_claims.ipynb #65ea0b9a
 def _spoil(scene:Scene, p:float, rng) -> Scene:
     "The scene as a painter sees it who gets each attribute right with probability p."
-    names, keep = list(nouns()), lambda value, others: value if rng.random() < p else rng.choice(list(others))
-    things = tuple(Thing(keep(t.noun, names), keep(t.colour, list(COLOURS)[:8]), keep(t.size, ("small", "large")),
-                         t.position, t.count) for t in scene.things)
-    return Scene(keep(scene.place, PLACES), things, rng.randrange(2**31))
+    from recap.scorers import change_one
+    for kind in ("place", *(k for _ in scene.things for k in ("object", "colour", "size"))):
+        if rng.random() > p: scene = change_one(scene, rng, kind) or scene
+    return scene
 
 def _toy_rows(asked:list, text:str, scenes:list, p:float, rng) -> list:
     "Answers as the evaluation writes them, read off the scenes that were painted."
     rows = []
     for q, other, scene in zip(asked, asked[1:] + asked[:1], scenes):
-        seen, right = visible_facts(scene), [int(tuple(f) in visible_facts(scene)) for f in q.facts[text]]
+        seen = visible_facts(scene)
+        right = [int(tuple(f) in seen) for f in q.facts[text]]
         share = sum(right)/len(right)
         rows.append(dict(index=q.index, repeat=0, key="/".join(q.key), prompt=q.prompts[text], facts=[list(f) for f in q.facts[text]],
                          p=[0.05 + 0.9*r for r in right], right=right, floor=[sum(tuple(f) in seen for f in other.facts[text]), len(other.facts[text])], clip=round(20 + 14*share + rng.gauss(0, 1), 3), ranked=10,
