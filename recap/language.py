@@ -6,8 +6,8 @@
 __all__ = ['SIZE_WORDS', 'COLOUR_WORDS', 'TEXTURE_WORDS', 'TEXTURE_WITH', 'COUNT_WORDS', 'SEVERAL_WORDS', 'POSITION_WORDS',
            'PLACE_WORDS', 'PLACE_NAMES', 'WEATHER_WORDS', 'WEATHER_CLAUSES', 'WEATHER_TAGS', 'STYLE_NAMES',
            'STYLE_TAGS', 'RELATION_WORDS', 'INVERSE_WORDS', 'SIGN_WORDS', 'FAMILY_WORDS', 'SHORT', 'NOTHING',
-           'DESCRIPTIVE', 'STANDS', 'ADVERTS', 'BRANDS', 'NAMES', 'SHOP', 'CREDIT', 'FILE', 'FOREIGN', 'PEOPLE',
-           'PEOPLE_TWO', 'article', 'plural_of', 'name_of', 'noun_phrase', 'main_subject', 'short_caption',
+           'DESCRIPTIVE', 'STANDS', 'HONEST', 'ADVERTS', 'BRANDS', 'NAMES', 'SHOP', 'CREDIT', 'FILE', 'FOREIGN',
+           'PEOPLE', 'PEOPLE_TWO', 'article', 'plural_of', 'name_of', 'noun_phrase', 'main_subject', 'short_caption',
            'descriptive_caption', 'AltMix', 'partial_phrase', 'alt_text', 'people_prompt', 'frame_of']
 
 # %% ../nbs/03_language.ipynb #f138f525
@@ -21,7 +21,8 @@ COLOUR_WORDS = {c: (c,) for c in COLOURS} | {
     "red": ("red", "scarlet"), "blue": ("blue", "royal blue"), "yellow": ("yellow", "sunny yellow"), "purple": ("purple", "violet"),
     "orange": ("orange", "bright orange"), "pink": ("pink", "rosy pink"), "brown": ("brown", "chocolate brown"), "grey": ("grey", "gray")}
 TEXTURE_WORDS = {"striped": ("striped", "stripy"), "dotted": ("dotted", "spotted"), "checked": ("checked", "chequered"), "furry": ("furry", "fluffy")}
-TEXTURE_WITH = {"striped": ("with stripes",), "dotted": ("with dots", "with spots"), "checked": ("with checks", "with a checked pattern"), "furry": ("with soft fur",)}
+TEXTURE_WITH = {"striped": ("with stripes",), "dotted": ("with dots", "with spots"),
+                "checked": ("with checks", "with a checked pattern"), "furry": ("with soft fur",)}
 COUNT_WORDS = {"2": ("two", "2", "a pair of"), "3": ("three", "3"), "4": ("four", "4")}
 SEVERAL_WORDS = ("some", "several")
 POSITION_WORDS = {"left": ("on the left", "at the left", "on the left side"),
@@ -39,9 +40,12 @@ PLACE_NAMES = {"meadow": ("a meadow", "a grassy meadow", "a grassy field"), "bea
                "snow": ("snowy ground", "a winter landscape", "deep snow"), "desert": ("a desert", "the desert", "some sand dunes"),
                "forest": ("a forest", "the woods", "a dense forest"), "mountains": ("the mountains", "a mountain landscape", "some mountains"),
                "kitchen": ("a kitchen", "the kitchen", "the inside of a kitchen"), "moon": ("the moon", "the surface of the moon", "a lunar landscape")}
-WEATHER_WORDS = {"night": ("at night", "by night"), "sunset": ("at sunset", "during sunset"), "rain": ("in the rain", "on a rainy day"), "fog": ("in the fog", "on a foggy day")}
-WEATHER_CLAUSES = {"night": ("it is night", "night has fallen"), "sunset": ("the sun is setting", "it is sunset"), "rain": ("it is raining", "rain is falling"), "fog": ("it is foggy", "fog hangs in the air")}
-WEATHER_TAGS = {"night": ("night time", "night scene"), "sunset": ("sunset", "evening sun"), "rain": ("rainy weather", "rainy day"), "fog": ("foggy weather", "foggy day")}
+WEATHER_WORDS = {"night": ("at night", "by night"), "sunset": ("at sunset", "during sunset"),
+                 "rain": ("in the rain", "on a rainy day"), "fog": ("in the fog", "on a foggy day")}
+WEATHER_CLAUSES = {"night": ("it is night", "night has fallen"), "sunset": ("the sun is setting", "it is sunset"),
+                   "rain": ("it is raining", "rain is falling"), "fog": ("it is foggy", "fog hangs in the air")}
+WEATHER_TAGS = {"night": ("night time", "night scene"), "sunset": ("sunset", "evening sun"),
+                "rain": ("rainy weather", "rainy day"), "fog": ("foggy weather", "foggy day")}
 STYLE_NAMES = {"outline": ("an outline drawing", "a line drawing"), "pencil": ("a pencil drawing", "a pencil sketch"),
                "pixel": ("a pixel art scene", "a piece of pixel art"), "watercolour": ("a watercolour painting", "a watercolour")}
 STYLE_TAGS = {"outline": ("outline style", "line art"), "pencil": ("pencil style", "pencil sketch style"),
@@ -174,7 +178,7 @@ def _relative(thing, rng):
 
 def _pairs(things, order):
     "Things one by one, a guest together with its host: tuples (thing,) or (guest, host); and the guests whose host was taken."
-    by, used, units, late = {t.noun: t for t in things}, set(), [], []
+    by, used, units = {t.noun: t for t in things}, set(), []
     guests = [t for t in things if t.relation and t.other in by]
     for t in order:
         if t.noun in used: continue
@@ -188,19 +192,20 @@ def _pairs(things, order):
 def _clause(unit, rng, bank, front=True):
     "One clause about a thing, or about a guest and its host; `front` allows it to begin with the position."
     frames, say = DESCRIPTIVE[bank], lambda t: noun_phrase(t, rng, _ALL, bank=bank)
-    where = lambda t: rng.choice(POSITION_WORDS[t.position]) if t.position else ""
+    where = lambda t: rng.choice(POSITION_WORDS[t.position])
     if len(unit) == 1:
         t, frame = unit[0], rng.choice(frames["thing"])
-        if frame[:5] == "{pos}" and not (front and t.position): frame = frames["thing"][0]
-        i = t.count != 1
-        text = frame.format(np=_relative(t, rng) if bank == "captioner" and rng.random() < .06 else say(t), pos=where(t), **{"is": _be(t)}, stands=STANDS.get(nouns()[t.noun].rests_on, STANDS["ground"])[i])
+        if frame[:5] == "{pos}" and not front: frame = frames["thing"][0]
+        np = _relative(t, rng) if bank == "captioner" and rng.random() < .06 else say(t)
+        stands = STANDS.get(nouns()[t.noun].rests_on, STANDS["ground"])[t.count != 1]
+        text = frame.format(np=np, pos=where(t), stands=stands, **{"is": _be(t)})
     else:
         a, b = unit
         kind = "both" if a.position == b.position else "apart"
         frame = rng.choice(frames[kind])
-        if frame[:5] == "{pos}" and not (front and a.position): frame = frames[kind][0]
-        text = frame.format(a=say(a), b=say(b), is_a=_be(a), is_b=_be(b), rel=rng.choice(RELATION_WORDS[a.relation]), inverse=_inverse(a, b, rng), pos=where(a),
-            pos_a=where(a), pos_b=where(b), it="it" if b.count == 1 else "them", both="both" if a.count == b.count == 1 else "all")
+        if frame[:5] == "{pos}" and not front: frame = frames[kind][0]
+        text = frame.format(a=say(a), b=say(b), is_a=_be(a), is_b=_be(b), rel=rng.choice(RELATION_WORDS[a.relation]), inverse=_inverse(a, b, rng),
+            pos=where(a), pos_a=where(a), pos_b=where(b), it="it" if b.count == 1 else "them", both="both" if a.count == b.count == 1 else "all")
     return text
 
 # %% ../nbs/03_language.ipynb #0a78932b
@@ -218,7 +223,7 @@ def _join(clauses, rng, bank):
     return out
 
 # %% ../nbs/03_language.ipynb #83dea5dd
-def _left(a, b): return a.position and b.position and list(POSITION_WORDS).index(a.position) < list(POSITION_WORDS).index(b.position)
+def _left(a, b): return list(POSITION_WORDS).index(a.position) < list(POSITION_WORDS).index(b.position)
 
 def _setting(scene, rng, bank, things):
     "Where place, weather and style go: a phrase for the end, one for the beginning, sentences of their own, and whether these come first."
@@ -265,6 +270,8 @@ def descriptive_caption(
     return " ".join(f"{s[0].upper()}{s[1:]}." for s in out) if bank == "captioner" else ". ".join(out) + "."
 
 # %% ../nbs/03_language.ipynb #7accad97
+HONEST = ("noun", "partial", "shop", "foreign")
+
 @dataclasses.dataclass(frozen=True)
 class AltMix(Config):
     "How often alt-text is of which kind; the shares are relative."
@@ -283,14 +290,14 @@ class AltMix(Config):
             raise RecapError(f"alt-text mix: shares must not be negative, and one at least above 0; got {self.to_dict()}")
 
     @property
-    def dishonest(self): return 1 - (self.noun + self.partial + self.shop + self.foreign)/sum(self.to_dict().values())
+    def dishonest(self): return 1 - sum(getattr(self, k) for k in HONEST)/sum(self.to_dict().values())
 
     def noisy(self, share:float): # of dishonest alt-text, in [0, 1]
         "The same mix, with that share of file names, credits, advertisements, wrong phrases and nothing."
-        if not 0 <= share <= 1 or self.dishonest in (0, 1): raise RecapError(f"alt-text mix: cannot make {share!r} of it dishonest: give a share in [0, 1], of a mix that has both honest and dishonest kinds")
-        k = self.to_dict()
-        by = {True: (1 - share)/(1 - self.dishonest), False: share/self.dishonest}
-        return AltMix(**{n: v*by[n in ("noun", "partial", "shop", "foreign")] for n, v in k.items()})
+        if not 0 <= share <= 1 or self.dishonest in (0, 1):
+            raise RecapError(f"alt-text mix: cannot make {share!r} of it dishonest: give a share in [0, 1], of a mix that has both honest and dishonest kinds")
+        scale = {True: (1 - share)/(1 - self.dishonest), False: share/self.dishonest}
+        return AltMix(**{k: v*scale[k in HONEST] for k, v in self.to_dict().items()})
 
 # %% ../nbs/03_language.ipynb #34397e70
 ADVERTS = ("Free shipping on orders over $50", "click to enlarge", "Sale ends today!", "Subscribe to our newsletter", "image may be subject to copyright",
@@ -373,16 +380,18 @@ def partial_phrase(
     "What an honest web author writes: one thing with one or two of its facts, or the place."
     if not scene.things: return rng.choice(PLACE_NAMES[scene.place])
     t = rng.choice(scene.things)
-    tell = ["colour", "size", "position", "place", "place", "both"] + ["other"]*(len(scene.things) > 1) + ["texture"]*(t.texture in TEXTURE_WORDS)
-    tell += ["relation", "relation"]*bool(t.relation) + ["weather"]*(scene.weather in WEATHER_WORDS) + ["style"]*(scene.style in STYLE_NAMES) + ["word", "word"]*bool(t.word)
-    tell = rng.choice(tell)
+    more = dict(other=len(scene.things) > 1, texture=t.texture in TEXTURE_WORDS, relation=t.relation, word=t.word,
+        weather=scene.weather in WEATHER_WORDS, style=scene.style in STYLE_NAMES)
+    tell = rng.choice(["colour", "size", "position", "place", "place", "both"] + [k for k, there in more.items() if there])
     np = lambda *what, thing=t: noun_phrase(thing, rng, what, bank="people", loose=.3)
-    if tell == "position" and t.position: return f"{np()} {rng.choice(POSITION_WORDS[t.position])}"
+    if tell == "position": return f"{np()} {rng.choice(POSITION_WORDS[t.position])}"
     if tell == "place": return f"{np()} {rng.choice(PLACE_WORDS[scene.place])}"
     if tell == "both": return f"{np('colour')} {rng.choice(PLACE_WORDS[scene.place])}"
     if tell == "other": return " and ".join(np(thing=x) for x in rng.sample(scene.things, 2))
-    if tell == "relation": return f"{np('colour')} {rng.choice(RELATION_WORDS[t.relation])} {np(thing=next(x for x in scene.things if x.noun == t.other))}"
-    if tell == "weather": return rng.choice((f"{np()} {rng.choice(WEATHER_WORDS[scene.weather])}", f"{rng.choice(PLACE_NAMES[scene.place])} {rng.choice(WEATHER_WORDS[scene.weather])}"))
+    if tell == "relation":
+        host = next(x for x in scene.things if x.noun == t.other)
+        return f"{np('colour')} {rng.choice(RELATION_WORDS[t.relation])} {np(thing=host)}"
+    if tell == "weather": return f"{rng.choice((np(), rng.choice(PLACE_NAMES[scene.place])))} {rng.choice(WEATHER_WORDS[scene.weather])}"
     if tell == "style": return f"{rng.choice(STYLE_NAMES[scene.style])} of {np('colour')}"
     if tell == "word": return rng.choice((f"{t.word} on {np()}", np("word"), f'"{t.word}" {name_of(t, rng)}'))
     return np(tell)
@@ -400,7 +409,8 @@ def _human(text, rng, tag=""):
 def _fill(frame, noun, np, rng):
     "A frame with made-up names, years and numbers."
     return frame.format(noun=noun, np=np, file=re.sub(r"\W+", rng.choice("-_"), noun), brand=rng.choice(BRANDS), name=rng.choice(NAMES),
-        year=rng.randint(2004, 2023), n=rng.randint(4, 99), n1=rng.randint(1, 9), n2=f"{rng.randint(1, 99):02d}", n3=f"{rng.randint(1, 999):03d}", n4=rng.randint(1000, 9999), n5=rng.randint(10000, 99999))
+        year=rng.randint(2004, 2023), n=rng.randint(4, 99), n1=rng.randint(1, 9), n2=f"{rng.randint(1, 99):02d}",
+        n3=f"{rng.randint(1, 999):03d}", n4=rng.randint(1000, 9999), n5=rng.randint(10000, 99999))
 
 # %% ../nbs/03_language.ipynb #34397e7c
 def alt_text(
@@ -415,7 +425,7 @@ def alt_text(
     if kind == "empty": return ""
     if kind == "advert": return _human(rng.choice(ADVERTS), rng) if rng.random() < .5 else rng.choice(ADVERTS)
     if kind == "wrong": return _human(partial_phrase(other or _stranger(rng), rng), rng)
-    if kind == "partial" or not scene.things and kind in ("noun", "shop", "foreign"): return _human(partial_phrase(scene, rng), rng, scene.place)
+    if kind == "partial" or not scene.things and kind in HONEST: return _human(partial_phrase(scene, rng), rng, scene.place)
     t = rng.choice(scene.things) if scene.things else None
     noun, np = (name_of(t, rng, .3), noun_phrase(t, rng, ("colour",), loose=.3)) if t else (scene.place, scene.place)
     if kind == "foreign": return _human(rng.choice(FOREIGN.get(t.noun, (noun,))), rng)
@@ -424,6 +434,7 @@ def alt_text(
 
 # %% ../nbs/03_language.ipynb #88a06a7f
 def _stranger(rng):
+    "Another scene, the same for the same random numbers."
     from recap.world import sample_scene
     return sample_scene(rng.randrange(2**31), 0)
 
@@ -452,13 +463,12 @@ def people_prompt(
     if not scene.things: return ", ".join([place, *tags])
     t, *rest = rng.sample(scene.things, min(2, len(scene.things)))
     frame = rng.choice(PEOPLE_TWO if rest and rng.random() < .3 else PEOPLE)
-    if frame == "{np} {pos}" and not t.position: frame = "{np}"
     np = lambda x: _asked(x, rng)
     if t.relation and rng.random() < .4:
         host = next(x for x in scene.things if x.noun == t.other)
         frame, rest = "{np} {rel} {np_b}", [host]
     text = frame.format(np=np(t), np_b=np(rest[0]) if rest else "", in_place=rng.choice(PLACE_WORDS[scene.place]), place=place,
-        pos=rng.choice(POSITION_WORDS[t.position]) if t.position else "", rel=rng.choice(RELATION_WORDS[t.relation]) if t.relation else "")
+        pos=rng.choice(POSITION_WORDS[t.position]), rel=rng.choice(RELATION_WORDS[t.relation]) if t.relation else "")
     return ", ".join([text, *tags])
 
 # %% ../nbs/03_language.ipynb #6be2adc6
@@ -466,7 +476,8 @@ def people_prompt(
 def _meanings():
     "Every word and phrase of the tables, in lower case (lettering: as it is), and the facts that it can stand for: (kind, value)."
     from recap.world import WORDS
-    out, tables = {}, dict(size=(SIZE_WORDS,), colour=(COLOUR_WORDS,), texture=(TEXTURE_WORDS, TEXTURE_WITH), count=(COUNT_WORDS, {"0": SEVERAL_WORDS}), position=(POSITION_WORDS,),
+    out, tables = {}, dict(size=(SIZE_WORDS,), colour=(COLOUR_WORDS,), texture=(TEXTURE_WORDS, TEXTURE_WITH),
+        count=(COUNT_WORDS, {"0": SEVERAL_WORDS}), position=(POSITION_WORDS,),
         place=(PLACE_WORDS, PLACE_NAMES), weather=(WEATHER_WORDS, WEATHER_CLAUSES, WEATHER_TAGS), style=(STYLE_NAMES, STYLE_TAGS), word=({w: (w,) for w in WORDS},))
     add = lambda phrase, *fact: out.setdefault(phrase if fact[0] == "word" else phrase.lower(), set()).add(fact)
     for kind, found in tables.items():
@@ -487,7 +498,8 @@ def _phrases():
 # %% ../nbs/03_language.ipynb #6be2adc7
 _SLOT = dict(size="ADJ", colour="ADJ", texture="ADJ", object="NOUN", family="NOUN")
 _THING = re.compile(r"(?:\b(?:[Aa]|[Aa]n|[Tt]he|[Oo]ne|COUNT) )?(?:ADJ )*NOUN(?: WITH)?(?: (?:that says?|with the word|reading|saying|with) WORD(?: written on it| on it)?)?")
-_RELATION = re.compile(rf"\b(?:{'|'.join(sorted((w for t in (RELATION_WORDS, INVERSE_WORDS) for ws in t.values() for w in ws), key=len, reverse=True))})(?= (?:THING|it|them)\b)")
+_STANDS_TO = sorted((w for t in (RELATION_WORDS, INVERSE_WORDS) for words in t.values() for w in words), key=len, reverse=True)
+_RELATION = re.compile(rf"\b(?:{'|'.join(_STANDS_TO)})(?= (?:THING|it|them)\b)")
 
 def frame_of(
     text:str,           # any caption or prompt of this page
