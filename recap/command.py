@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'world_app', 'corpus_app', 'STOPPED', 'run_command', 'main', 'parse_given', 'study', 'stage', 'make', 'inspect',
-           'relabel', 'caption', 'sample', 'results']
+           'validate', 'convert', 'relabel', 'caption', 'sample', 'results']
 
 # %% ../nbs/28_command.ipynb #c9566476
 import json, os, sys
@@ -125,17 +125,58 @@ def make(
     print(json.dumps(made, indent=1, default=str))
 
 # %% ../nbs/28_command.ipynb #790379fe
+def _path(path:Path) -> Path: return path.expanduser().absolute()
+def _json(found): print(json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False, default=str))
+
+def _tell(found:dict, indent:str=""):
+    "A dict as lines of `name: value`; lists of numbers in a row, other lists one below the other."
+    for k, v in found.items():
+        if v in (None, [], {}, ""): continue
+        if isinstance(v, dict) and any(isinstance(x, (dict, list)) for x in v.values()): print(f"{indent}{k}:"); _tell(v, indent + "  ")
+        elif isinstance(v, dict): print(f"{indent}{k}: {', '.join(f'{n} {w}' for w, n in v.items())}")
+        elif isinstance(v, list) and any(isinstance(x, str) for x in v): print(*(f"{indent}{k}: {x}" for x in v), sep="\n")
+        else: print(f"{indent}{k}: {', '.join(map(str, v)) if isinstance(v, list) else round(v, 3) if isinstance(v, float) else v}")
+
 @corpus_app.command()
 def inspect(
     path:Path=typer.Argument(help="shards, an imagefolder, a folder of images, or one image"),
+    sheet:Path=typer.Option(None, help="write a contact sheet (PNG) to this file"),
+    style:str=typer.Option("alt", help="whose captions the sheet shows"),
     json_:bool=typer.Option(False, "--json", help="for programs"),
 ):
-    "Read a corpus through and say what is in it and what is wrong with it."
-    from recap.corpus import inspect_corpus
-    found = inspect_corpus(path.expanduser().absolute())
-    if json_: return print(json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False))
-    for k, v in found.items(): print(f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}")
+    "Read a corpus through: sizes, captions, what is odd. Quantiles are 10, 50, 90 % and the largest."
+    from recap.formats import inspect_corpus
+    found = inspect_corpus(_path(path), sheet and _path(sheet), style)
+    (_json if json_ else _tell)(found)
 
+# %% ../nbs/28_command.ipynb #aff61075
+@corpus_app.command()
+def validate(
+    path:Path=typer.Argument(help="shards, an imagefolder, a folder of images, or one image"),
+    quarantine:Path=typer.Option(None, help="file for what is wrong; by default quarantine.jsonl beside the pictures"),
+    json_:bool=typer.Option(False, "--json", help="for programs"),
+):
+    "Check every picture and every caption; exit code 1 if anything is lost."
+    from recap.formats import validate_corpus
+    found = validate_corpus(_path(path), quarantine and _path(quarantine))
+    (_json if json_ else _tell)(found)
+    return int(not found["ok"])
+
+@corpus_app.command()
+def convert(
+    path:Path=typer.Argument(help="shards, an imagefolder, a folder of images, or one image"),
+    to:str=typer.Option(..., help="webdataset, imagefolder, sidecar or open_clip"),
+    out:Path=typer.Option(..., help="a new folder, or one where the same conversion was stopped"),
+    style:str=typer.Option("", help="columns of captions, such as dsc or alt,dsc; empty: all, for sidecars the original text"),
+    shard_size:int=typer.Option(1000, help="pictures a shard"),
+    json_:bool=typer.Option(False, "--json", help="for programs"),
+):
+    "Write a corpus in another convention; pictures are copied to the byte."
+    from recap.formats import convert_corpus
+    found = convert_corpus(_path(path), to, _path(out), style, shard_size)
+    (_json if json_ else _tell)(found)
+
+# %% ../nbs/28_command.ipynb #1cab3116
 @app.command()
 def relabel(
     path:Path=typer.Argument(help="a folder of images, an imagefolder, img2dataset shards, or one image"),

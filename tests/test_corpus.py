@@ -6,7 +6,8 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
 
 from recap.core import RecapError, project_root
-from recap.corpus import CorpusConfig, index_tar, inspect_corpus, make_world, open_corpus, write_caption_table
+from recap.corpus import CorpusConfig, index_tar, make_world, open_corpus, write_caption_table
+from recap.formats import inspect_corpus
 from recap.pictures import BadImage, decode_image, to_rgb
 
 REAL = Path(os.environ["RECAP_REAL"]) if os.environ.get("RECAP_REAL") else None
