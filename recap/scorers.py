@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'SIZE_NAMES', 'POSITION_NAMES', 'STANDS', 'TELLING', 'as_batch', 'Vocabulary', 'Shown', 'stands',
-           'scene_targets', 'cell_targets', 'shrink_and_grow', 'jpeg', 'spoil', 'nothing', 'Conv', 'Block', 'Eyes',
-           'FactHeads', 'fact_loss', 'fact_probability', 'Detector', 'seeded', 'ScorerConfig', 'draw_scenes',
+           'scene_targets', 'cell_targets', 'shrink_and_grow', 'jpeg', 'spoil', 'nothing', 'Conv', 'Block', 'Look',
+           'Eyes', 'FactHeads', 'fact_loss', 'fact_probability', 'Detector', 'seeded', 'ScorerConfig', 'draw_scenes',
            'render_all', 'train_detector', 'people_text', 'change_one', 'implied', 'fact_bits', 'true_of', 'ClipTowers',
            'clip_tokenizer', 'token_ids', 'ClipScorer', 'clip_loss', 'train_clip', 'false_facts', 'measure_detector',
            'measure_clip', 'held_out_views', 'reliable_kinds', 'train_scorers', 'measure_scorer']
@@ -67,15 +67,21 @@ class Vocabulary:
     words: tuple[str, ...]
 
     @classmethod
-    def of_world(cls): return cls(tuple(nouns()), tuple(s.family for s in nouns().values()), tuple(COLOURS), TEXTURES, PLACES, WEATHERS, STYLES, WORDS)
+    def of_world(cls):
+        "The words of Sprite World as it is now."
+        return cls(tuple(nouns()), tuple(s.family for s in nouns().values()), tuple(COLOURS), TEXTURES, PLACES, WEATHERS, STYLES, WORDS)
 
     @classmethod
-    def of(cls, config:dict): return cls(*(tuple(config[f.name]) for f in dataclasses.fields(cls)))
+    def of(cls, config:dict):
+        "The words that a saved model was made for."
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in config]
+        if missing: raise RecapError(f"these weights say nothing of {', '.join(missing)}: they are of an older world; `make foundation` trains new ones")
+        return cls(*(tuple(config[f.name]) for f in dataclasses.fields(cls)))
 
     @property
     def of_thing(self) -> dict:  # "" is no relation to another thing
         "What is answered for each noun, with the possible answers."
-        return dict(count=tuple("01234"), colour=self.colours, texture=self.textures, size=SIZE_NAMES, position=POSITION_NAMES, relation=("", *STANDS))
+        return dict(count=(*"01234", "several"), colour=self.colours, texture=self.textures, size=SIZE_NAMES, position=POSITION_NAMES, relation=("", *STANDS))
 
     @property
     def of_scene(self) -> dict:  # "" is nowhere, and no word
@@ -114,7 +120,7 @@ def scene_targets(
         for th in drawn.things: t["count"][i, vocab.nouns.index(th.noun)] = -1
         for th in seen.things:
             j, said = vocab.nouns.index(th.noun), dataclasses.asdict(th)
-            said |= {"count": str(th.count or ""), "relation": how[th.noun] if how[th.noun] == was[th.noun] else None}
+            said |= {"count": str(th.count or "several"), "relation": how[th.noun] if how[th.noun] == was[th.noun] else None}
             for k, answers in things.items(): t[k][i, j] = answers.index(said[k]) if said[k] in answers else -1
             t["x"][i, j] = np.mean([b.left + b.side / 2 for b in boxes if b.noun == th.noun]) / 100
     return t
@@ -217,12 +223,30 @@ class Block(nn.Module):
         self.na, self.nb = nn.GroupNorm(8, d), nn.GroupNorm(8, d)
     def forward(self, x): return F.relu(x + self.nb(self.b(F.relu(self.na(self.a(x))))))
 
+class Look(nn.Module):
+    "Vectors look at others and take over what concerns them: attention and a small network, each around a shortcut."
+    def __init__(self,
+        d:int,       # width of all vectors
+        heads:int=4, # looks at the same time
+    ):
+        super().__init__()
+        self.heads, (self.na, self.nb, self.nc) = heads, (nn.LayerNorm(d) for _ in range(3))
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+
+    def forward(self, x, seen, there=None):  # (b, n, d), (b, m, d), (b, m) True where there is something to see -> (b, n, d)
+        split, s = lambda a: a.unflatten(-1, (self.heads, -1)).transpose(1, 2), self.nb(seen)
+        q, k, v = split(self.q(self.na(x))), split(self.k(s)), split(self.v(s))
+        score = q @ k.transpose(-1, -2) / q.shape[-1]**0.5                          # (b, heads, n, m)
+        if there is not None: score = score.masked_fill(~there[:, None, None], float("-inf"))
+        x = x + self.o((score.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.nc(x))))
+
 class Eyes(nn.Module):
     "Pictures -> one vector a query, and the cells they were gathered from."
     def __init__(self,
         n_queries:int,            # vectors to gather
         width:int=128,            # of each
-        heads:int=4,              # of the attention
     ):
         super().__init__()
         w, norm = width, lambda d: nn.GroupNorm(8, d)
@@ -232,13 +256,12 @@ class Eyes(nn.Module):
             Conv(w // 2, w, 4, 2), norm(w), nn.ReLU(), Block(w), Block(w), Block(w))            # -> 8
         self.place_code = nn.Parameter(0.02 * torch.randn(1, 64, w))
         self.queries = nn.Parameter(0.02 * torch.randn(1, n_queries, w))
-        self.looks = nn.ModuleList(nn.TransformerDecoderLayer(w, heads, 2 * w, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(2))
-        self.norm = nn.LayerNorm(w)
+        self.looks, self.norm = nn.ModuleList([Look(w), Look(w)]), nn.LayerNorm(w)
 
     def forward(self, x):                                                          # (b, 3, 64, 64) in [0, 1]
         cells = self.trunk(4 * x - 2).flatten(2).transpose(1, 2)                   # (b, 64, w)
         q, seen = self.queries.expand(len(x), -1, -1), cells + self.place_code
-        for look in self.looks: q = look(q, seen)
+        for look in self.looks: q = look(q, torch.cat([seen, q], 1))
         return self.norm(q), cells                                                 # (b, n_queries, w), (b, 64, w)
 
 # %% ../nbs/07_scorers.ipynb #7da144e3
@@ -273,7 +296,7 @@ def fact_loss(
 
 # %% ../nbs/07_scorers.ipynb #0605ca42
 def fact_probability(
-    probs:dict,        # one picture's: (nouns, answers) for each answer about a thing, (answers,) about the scene, x (nouns,)
+    probs:dict,        # one picture's: (nouns, answers) for each question about a thing, (answers,) about the scene, x (nouns,)
     fact:tuple,        # see page 02
     vocab:Vocabulary,
 ) -> float:            # in [0, 1]
@@ -538,8 +561,7 @@ class ClipTowers(nn.Module):
         self.eyes, self.heads = Eyes(vocab.queries, width), FactHeads(vocab, width)  # the heads serve training only
         self.say, self.gate, self.to_image = nn.Linear(width, 256), nn.Linear(width, 1), nn.Linear(256, 256)
         self.words, self.order = nn.Embedding(config["vocab_size"], w), nn.Parameter(0.02 * torch.randn(config["context"], w))
-        layer = lambda: nn.TransformerEncoderLayer(w, 4, 3 * w, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.layers, self.norm, self.to_text = nn.ModuleList([layer(), layer()]), nn.LayerNorm(w), nn.Linear(w, 256)
+        self.looks, self.norm, self.to_text = nn.ModuleList([Look(w), Look(w)]), nn.LayerNorm(w), nn.Linear(w, 256)
         self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
 
     def see(self, x):                           # (b, 3, 64, 64) in [0, 1] -> (b, 256), what the heads say
@@ -554,10 +576,9 @@ class ClipTowers(nn.Module):
         return torch.cat(rows)[order.argsort()]
 
     def read_part(self, ids):                   # (b, l) -> (b, 256)
-        there = (ids != 0)[..., None]
-        h = self.words(ids) + self.order[:ids.shape[1]]
-        for layer in self.layers: h = layer(h, src_key_padding_mask=~there[..., 0])
-        h = (self.norm(h) * there).sum(1) / there.sum(1).clamp(min=1)
+        there, h = ids != 0, self.words(ids) + self.order[:ids.shape[1]]
+        for look in self.looks: h = look(h, h, there)
+        h = (self.norm(h) * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp(min=1)
         return F.normalize(self.to_text(h).float(), dim=-1)
 
     def forward(self, x, ids): return *self.see(x), self.read(ids)

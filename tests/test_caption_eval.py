@@ -1,40 +1,47 @@
 "What captions tell, miss and invent, against errors that were planted."
 import pytest
-from recap.caption_eval import CaptionEvalConfig, evaluate_captions, plant, score_column, share_interval
+from recap.caption_eval import CaptionEvalConfig, evaluate_captions, score_column, share_interval
 from recap.core import RecapError, keyed_rng
-from recap.language import descriptive_caption, one_way
+from recap.language import descriptive_caption
+from recap.reader import one_way
+from recap.scorers import change_one
 from recap.statistics import bootstrap_ratio
-from recap.world import KINDS, WorldConfig, sample_scene, visible_facts
-
-SCENES = {("0", f"{i:03d}"): sample_scene(11, i, WorldConfig(max_things=2, max_count=2), split="scorer") for i in range(40)}
-TRUTH = {k: (s, visible_facts(s, 64)) for k, s in SCENES.items()}
+from recap.world import KINDS, WORLDS, WorldConfig, facts_of, sample_scene, visible_scene
 
 
-def told(lies=()):
-    "Descriptive captions; of the keys in `lies` they describe a scene with one fact of that kind made wrong."
+def seen(n, world): return {("0", f"{i:03d}"): visible_scene(sample_scene(11, i, world, split="scorer"), 64) for i in range(n)}
+
+
+SCENES, WORLD = seen(40, WorldConfig(max_things=2, max_count=2)), seen(120, WORLDS["whole"])
+TRUTH = {k: (s, facts_of(s)) for k, s in SCENES.items()}
+
+
+def told(scenes=SCENES, lies=()):
+    "Descriptive captions; of the keys in `lies` they describe the changed scene."
     lies = dict(lies)
-    return {k: descriptive_caption(plant(s, lies[k], keyed_rng(0, *k)) if k in lies else s, keyed_rng(1, *k), bank="people") for k, s in SCENES.items()}
+    return {k: descriptive_caption(lies.get(k, s), keyed_rng(1, *k), bank="people") for k, s in scenes.items()}
 
 
 def test_true_captions_invent_nothing():
-    score = score_column(told(), TRUTH)
-    assert score["hallucination"]["mean"] == 0 and score["coverage"]["mean"] > 0.85
-    assert score["coverage_by_kind"]["place"]["mean"] == 1 and score["empty"] == 0
+    for scenes in (SCENES, WORLD):
+        score = score_column(told(scenes), {k: (s, facts_of(s)) for k, s in scenes.items()})
+        assert score["hallucination"]["mean"] == 0 and score["coverage"]["mean"] > 0.8
+        assert score["coverage_by_kind"]["place"]["mean"] == 1 and score["empty"] == 0
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "relation"])
-def test_each_planted_lie_is_counted_once_under_its_kind(kind):
-    keys = [k for k in sorted(SCENES)][:10]
-    score = score_column(told({k: kind for k in keys}), TRUTH)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_planted_lie_is_counted_under_its_kind(kind):
+    lies = {k: lie for k, s in WORLD.items() if (lie := change_one(s, keyed_rng(0, *k), kind))}
+    truth = {k: (WORLD[k], facts_of(WORLD[k])) for k in lies}
+    score = score_column(told({k: WORLD[k] for k in lies}, lies), truth)
     bad = score["hallucination_by_kind"][kind]
-    assert round(bad["mean"] * bad["of"]) >= 9                        # a lie the words leave out is no lie
-    others = [k for k in KINDS if k != kind and k not in ("object", "relation")]
-    if kind not in ("object", "position"):                            # another noun brings its attributes, another side its relations
-        assert all(score["hallucination_by_kind"].get(k, {"mean": 0})["mean"] == 0 for k in others)
+    assert round(bad["mean"] * bad["of"]) >= 0.6 * len(lies) > 2       # a lie that the words leave out is no lie
+    if kind not in ("object", "family", "position", "relation"):       # another noun brings its attributes, another side its relations
+        assert all(score["hallucination_by_kind"].get(k, {"mean": 0})["mean"] == 0 for k in KINDS if k != kind)
 
 
 def test_relations_are_counted_one_way():
-    pair = next(k for k, s in SCENES.items() if len(s.things) == 2)
+    pair = next(k for k, s in SCENES.items() if len({t.position for t in s.things}) == 2)
     a, b = (t.noun for t in SCENES[pair].things)
     score = score_column({pair: f"the {b} is left of the {a}."}, {pair: TRUTH[pair]})
     assert score["hallucination_by_kind"]["relation"] == {"mean": 1.0, "lo": 1.0, "hi": 1.0, "of": 1}
