@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'SIZES', 'GROUP', 'RELATIONS', 'INVERSE', 'WORDS', 'WORLDS', 'SPLITS', 'FEET', 'CLUSTER', 'Fact', 'KINDS',
-           'MIN_PIXELS', 'Thing', 'Scene', 'held_out', 'compositions', 'WorldConfig', 'sample_scene', 'silhouette',
-           'Box', 'layout', 'to_svg', 'render', 'facts_of', 'visible_scene', 'visible_facts']
+           'MIN_PIXELS', 'Thing', 'Scene', 'held_out', 'compositions', 'WorldConfig', 'sample_scene', 'scenes_of',
+           'silhouette', 'Box', 'layout', 'to_svg', 'render', 'facts_of', 'visible_scene', 'visible_facts']
 
 # %% ../nbs/02_world.ipynb #04cbf8d8
 import dataclasses, functools, io, random, re
@@ -14,7 +14,7 @@ from .drawing import COLOURS, INDOORS, PLACES, STYLES, TEXTURES, WEATHERS, backd
 
 # %% ../nbs/02_world.ipynb #1ce80cce
 POSITIONS = {"left": .2, "middle": .5, "right": .8}      # usual centre as a share of the width
-SIZES = {"small": .265, "large": .42}                    # height as a share of the picture's shorter side
+SIZES = {"small": .275, "large": .42}                    # height as a share of the picture's shorter side
 GROUP = {1: 1., 2: .8, 3: .7, 4: .64}                    # members of a group are drawn smaller
 RELATIONS = ("on", "inside", "behind", "above", "next to")
 INVERSE = {"on": "under", "inside": "around", "behind": "in front of", "above": "below", "next to": "next to", "left of": "right of"}
@@ -127,14 +127,14 @@ def _cast(n): # the parts that the first n nouns can play
     return signs, free, able
 
 def _fits(things): # can they all stand in their thirds of a square picture, side by side?
-    at, edge = 0., -.01
+    at, edge = 0., 0.
     for t in things:
         if t.relation and t.relation != "next to": continue
-        half = max([_width(t)/2] + [_width(o)/2 + .03 for o in things if o.other == t.noun and o.relation == "behind"])
+        half = max([_width(t)/2] + [_width(o)/2 + .02 for o in things if o.other == t.noun and o.relation == "behind"])
         spot = list(POSITIONS).index(t.position)/3
         at = max(edge + half, spot + .04)
-        if at > spot + 1/3 - .04 or at + half > 1.01: return False
-        edge = at + half - .01
+        if at > spot + 1/3 - .04 or at + half > 1.005: return False
+        edge = at + half + .01
     return True
 
 def _crowd(things): # what stands free becomes single, then small, until all fit; None if they never do
@@ -150,7 +150,7 @@ SPLITS = ("train", "pairs", "test", "novel", "scorer", "foundation")
 
 def _width(t): return SIZES[t.size]*GROUP[t.count]*(1, 1.62, 2., 2.4)[t.count - 1]
 
-def _draw(r, cfg, split, n, related, signed):
+def _draw(r, cfg, split, n, related, signed, lots):
     "A scene of n things, with or without a placed relation and a signboard; None where its parts do not go together."
     signs, free, able = _cast(cfg.nouns)
     barred = (lambda *parts: False) if split in ("novel", "scorer") else held_out
@@ -163,8 +163,9 @@ def _draw(r, cfg, split, n, related, signed):
         things.append(t)
         return not (barred(t.noun, t.colour) or t.texture != "plain" and barred(t.noun, t.texture) or t.relation and barred(t.noun, t.relation, t.other))
     good, left = True, spots[:]
-    for _ in range(max(1, n - 3) if able and related else 0):
-        kind = r.choice([k for k in able if k != "next to" or len(left) == 3])
+    for lot in lots[:max(1, n - 3)] if able and related else ():
+        kinds = [k for k in able if k != "next to" or len(left) == 3]
+        kind = kinds[int(lot*len(kinds))]
         guest, host = r.choice(able[kind][0]), r.choice(able[kind][1])
         if guest.family == host.family or {guest.family, host.family} & families: return None
         big = "large" if kind in ("on", "inside") else "small" if kind == "behind" else r.choice(list(SIZES))
@@ -199,10 +200,22 @@ def sample_scene(
     if split not in SPLITS: raise RecapError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
     r = keyed_rng(seed, "scene", split, index)
     for _ in range(100):
-        plan = r.randint(1, cfg.max_things), cfg.max_things > 1 and r.random() < cfg.relations, r.random() < cfg.words
+        plan = r.randint(1, cfg.max_things), cfg.max_things > 1 and r.random() < cfg.relations, r.random() < cfg.words, (r.random(), r.random())
         for _ in range(100):
             if scene := _draw(r, cfg, split, *plan): return scene
     raise RecapError(f"world: no scene of the split {split!r} can be made from {cfg}: allow more nouns or colours")
+
+# %% ../nbs/02_world.ipynb #5ce4e50f
+def scenes_of(
+    world:str,               # as WorldConfig.parse reads it, or several in turn: "easy+whole"
+    n:int,                   # scenes
+    seed:int=0,              # of the corpus
+    split:str="foundation",  # one of SPLITS
+    first:int=0,             # number of the first scene
+):                           # the scenes, one after the other
+    "Scenes of one slice of the world, or of several in turn."
+    worlds = [WorldConfig.parse(w) for w in world.split("+")]
+    for i in range(first, first + n): yield sample_scene(seed, i, worlds[i % len(worlds)], split)
 
 # %% ../nbs/02_world.ipynb #0cd9a240
 def _flat(sprite): # the elements of a sprite with every region filled by #@@, and those drawn over a guest
@@ -262,8 +275,8 @@ def _apart(xs, spans): # push neighbours apart, as far as their thirds allow
     for order in (range(1, len(xs)), range(len(xs) - 2, -1, -1), range(1, len(xs))):
         for i in order:
             lo, hi, left, right = spans[i]
-            if order.step > 0: xs[i] = _within(max(xs[i], xs[i - 1] + spans[i - 1][3] + left), lo, hi)
-            else: xs[i] = _within(min(xs[i], xs[i + 1] - spans[i + 1][2] - right), lo, hi)
+            if order.step > 0: xs[i] = _within(max(xs[i], xs[i - 1] + spans[i - 1][3] + left + 4), lo, hi)
+            else: xs[i] = _within(min(xs[i], xs[i + 1] - spans[i + 1][2] - right - 4), lo, hi)
     return xs
 
 def _half(sprite, side, count): # how far a group reaches to the left and the right of its middle
