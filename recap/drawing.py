@@ -112,7 +112,7 @@ def paint(
     style:str="flat",      # one of STYLES
 ) -> tuple[str, str, str]: # the pattern (its id is @@) or "", the elements, and those drawn over a guest
     "Give a sprite its colour and texture: the body as it is, the shade darker, the light lighter."
-    rgb, line = COLOURS[colour], "#2b2b33"
+    rgb = COLOURS[colour]
     shade = mix(rgb, (20, 16, 30), .30) if colour != "black" else (28, 28, 34)
     light = mix(rgb, (255, 255, 255), .45 if colour != "black" else .2)
     plain = texture == "plain"
@@ -238,7 +238,7 @@ def _forest(r, w):
             f'<path d="{_scatter(r, w, 16, 72, 98, "q2 -3 4 0z")}" fill="#6f8247"/><path d="{_scatter(r, w, 10, 72, 98, "h1.6")}" stroke="#b98b52" stroke-width="1.6" stroke-linecap="round"/>')
 
 def _mountains(r, w):
-    far, near, x = "", "", -r.uniform(0, 20)
+    far, x = "", -r.uniform(0, 20)
     while x < w:
         b, h = r.uniform(36, 52), r.uniform(32, 46)
         far += f'<path d="M{x:.1f} 66L{x+b/2:.1f} {62-h:.1f}L{x+b:.1f} 66z" fill="#93a3bb"/><path d="M{x+b/2:.1f} {62-h:.1f}l{b*.13:.1f} {h*.3:.1f}l{-b*.08:.1f} -2.5l{-b*.06:.1f} 4l{-b*.05:.1f} -4l{-b*.07:.1f} 2.5z" fill="#f7fafd"/>'
@@ -288,7 +288,7 @@ def backdrop(
     sky = "" if place in INDOORS else _sky(place, weather, r, w)
     if weather == "rain":
         front = f'<path d="{_scatter(r, w, 70, -6, 96, "l-2.2 8")}" stroke="#e4ecf6" stroke-opacity=".62" stroke-width=".9" fill="none"/>'
-        land += f'<g fill="#c3ced8" fill-opacity=".6">' + "".join(f'<ellipse cx="{r.uniform(0, w):.1f}" cy="{r.uniform(74, 96):.1f}" rx="{r.uniform(6, 11):.1f}" ry="1.8"/>' for _ in range(3)) + "</g>"
+        land += '<g fill="#c3ced8" fill-opacity=".6">' + "".join(f'<ellipse cx="{r.uniform(0, w):.1f}" cy="{r.uniform(74, 96):.1f}" rx="{r.uniform(6, 11):.1f}" ry="1.8"/>' for _ in range(3)) + "</g>"
     if weather == "fog":
         land += "".join(f'<ellipse cx="{r.uniform(.1, .9)*w:.1f}" cy="{y}" rx="{.55*w:.0f}" ry="{ry}" fill="#f4f5f6" fill-opacity=".5" stroke="none"/>' for y, ry in ((44, 7), (58, 6), (70, 5)))
     return sky + land, front

@@ -201,7 +201,7 @@ def sample_scene(
     r = keyed_rng(seed, "scene", split, index)
     for _ in range(100):
         plan = r.randint(1, cfg.max_things), cfg.max_things > 1 and r.random() < cfg.relations, r.random() < cfg.words, (r.random(), r.random())
-        for _ in range(100):
+        for _ in range(30):
             if scene := _draw(r, cfg, split, *plan): return scene
     raise RecapError(f"world: no scene of the split {split!r} can be made from {cfg}: allow more nouns or colours")
 
