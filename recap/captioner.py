@@ -218,9 +218,10 @@ def draw_text(
     rng,             # random.Random of this draw
     shares:dict,     # kind -> share
 ) -> str:
-    "One text for one picture: first the kind, then the words."
-    kind = rng.choices(list(shares), list(shares.values()))[0]
-    return KINDS_OF_TEXT[kind](scene, rng)
+    "One text for one picture: first the kind, then the words; an empty alt-text makes no pair, so the draw is repeated."
+    while True:
+        kind = rng.choices(list(shares), list(shares.values()))[0]
+        if text := KINDS_OF_TEXT[kind](scene, rng): return text
 
 # %% ../nbs/08_captioner.ipynb #be0a6bbe
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def corrupt(
     span:int=3,           # tokens a span, on average
 ) -> tuple[list, list]:   # what the encoder reads, what the decoder must write; both end with </s>
     "Span corruption of one text."
-    budget, gone = max(1, round(len(ids)*share)), set()
+    budget, gone = min(len(ids), max(1, round(len(ids)*share))), set()  # an empty text has nothing to lose
     while len(gone) < budget:
         start = rng.randrange(len(ids))
         gone |= set(range(start, min(len(ids), start + max(1, min(budget - len(gone), round(rng.expovariate(1/span)))))))
