@@ -296,8 +296,10 @@ def tar_sources(
     path = corpus.folder/f"{shard}.tar"
     members, problems = index_tar(path)
     texts, stats, found = corpus.texts(shard), corpus.stats(shard), []
+    lost = sorted(set(texts) - set(members))
     with open(path, "rb") as file:
-        for key, parts in members.items():
+        for key in list(members):
+            parts = members.pop(key)   # one list grows, the other shrinks
             images = [s for s in parts if s.rpartition(".")[2] in IMAGE_SUFFIXES]
             if not images: corpus.fault(shard, key, "no image in the sample", ", ".join(parts)); continue
             if len(images) > 1: corpus.warn(f"{shard}: {key} has {len(images)} images; the first is used")
@@ -306,7 +308,7 @@ def tar_sources(
         corpus.warn(f"{shard}: {p}; {len(found)} samples are whole")
         if "twice" not in p: corpus.fault(shard, "", "damaged tar", p)
     if "successes" in stats and stats["successes"] != len(found): corpus.warn(f"{shard}: the stats say {stats['successes']} images, the tar has {len(found)}")
-    for key in sorted(set(texts) - set(members)): corpus.fault(shard, key, "listed, not in the tar")
+    for key in lost: corpus.fault(shard, key, "listed, not in the tar")
     return found
 
 # %% ../nbs/04_corpus.ipynb #1e7d7e8e
