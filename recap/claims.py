@@ -76,11 +76,12 @@ def toy_study(
     "A study with a known answer and no training in it: painters that get each fact right by chance."
     from recap.caption_eval import CaptionEvalConfig, evaluate_captions
     from recap.evaluate import TEXTS, ask, summarise
-    folder, asked = Path(folder), ask(open_corpus("toy").truth(), n, seed)[0]
+    folder, corpus = Path(folder), open_corpus("toy")
+    asked, drawn = ask(corpus.truth(), n, seed)[0], corpus.drawn()
     for model, p in (painters or TOY_PAINTERS).items():
         texts, out = {}, folder/f"evaluate_{model}"
         for text in TEXTS:
-            scenes = [q.scene if p == 1 else _spoil(q.scene, p, keyed_rng(seed, "toy", model, text, q.index)) for q in asked]
+            scenes = [_spoil(drawn[q.key], p, keyed_rng(seed, "toy", model, text, q.index)) for q in asked]
             (out/"images"/text).mkdir(parents=True, exist_ok=True)
             for q, scene in zip(asked, scenes): render(scene).save(out/"images"/text/f"{q.index:05d}_0.png")
             rows = _toy_rows(asked, text, scenes, p, keyed_rng(seed, "toy rows", model, text))

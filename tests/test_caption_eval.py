@@ -6,13 +6,13 @@ from recap.language import descriptive_caption
 from recap.reader import one_way
 from recap.scorers import change_one
 from recap.statistics import bootstrap_ratio
-from recap.world import KINDS, WORLDS, WorldConfig, facts_of, sample_scene, visible_scene
+from recap.world import KINDS, WorldConfig, facts_of, sample_scene, visible_scene
 
 
 def seen(n, world): return {("0", f"{i:03d}"): visible_scene(sample_scene(11, i, world, split="scorer"), 64) for i in range(n)}
 
 
-SCENES, WORLD = seen(40, WorldConfig(max_things=2, max_count=2)), seen(120, WORLDS["whole"])
+SCENES, WORLD = seen(40, WorldConfig(max_things=2, max_count=2)), seen(80, WorldConfig.parse("whole,words=0.4"))
 TRUTH = {k: (s, facts_of(s)) for k, s in SCENES.items()}
 
 
@@ -35,7 +35,7 @@ def test_a_planted_lie_is_counted_under_its_kind(kind):
     truth = {k: (WORLD[k], facts_of(WORLD[k])) for k in lies}
     score = score_column(told({k: WORLD[k] for k in lies}, lies), truth)
     bad = score["hallucination_by_kind"][kind]
-    assert round(bad["mean"] * bad["of"]) >= 0.6 * len(lies) > 2       # a lie that the words leave out is no lie
+    assert round(bad["mean"] * bad["of"]) >= 0.4 * len(lies) > 2       # a lie that the words leave out is no lie
     if kind not in ("object", "family", "position", "relation"):       # another noun brings its attributes, another side its relations
         assert all(score["hallucination_by_kind"].get(k, {"mean": 0})["mean"] == 0 for k in KINDS if k != kind)
 
