@@ -11,7 +11,7 @@ __all__ = ['TARGETS', 'Look', 'look_at', 'look_through', 'clip_tokenizer', 'clip
            'fill_folder']
 
 # %% ../nbs/04a_formats.ipynb #0130704e
-import hashlib, importlib.util, json, os, re, unicodedata
+import gzip, hashlib, importlib.util, json, os, re, unicodedata
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -63,15 +63,24 @@ def look_through(
 # %% ../nbs/04a_formats.ipynb #e9c6b153
 @lru_cache(None)
 def clip_tokenizer():
-    "CLIP's own tokenizer, which open_clip brings along; None where it is not installed."
-    try: from open_clip.tokenizer import SimpleTokenizer
-    except ImportError: return None
-    return SimpleTokenizer()
+    "CLIP's tokenizer, made from the table of merges that open_clip brings along; None where open_clip is not installed."
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    spec = importlib.util.find_spec("open_clip")   # its table only: importing it would load torch
+    table = Path(spec.origin).parent/"bpe_simple_vocab_16e6.txt.gz" if spec else None
+    if not table or not table.exists(): return None
+    merges = [tuple(line.split()) for line in gzip.open(table).read().decode().split("\n")[1:49152 - 256 - 2 + 1]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = dict.fromkeys([*letters, *(x + "</w>" for x in letters), *map("".join, merges)])
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    pattern = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return tokenizer
 
 def clip_tokens(text:str) -> int: # both end marks counted; -1 without a tokenizer
     "How many tokens CLIP makes of a text; what cannot exceed its 77 is not tokenized but called 77 at most."
     if len(text.encode("utf8", "replace")) <= 75: return 77   # a token has one byte at least
-    return len(clip_tokenizer().encode(text)) + 2 if clip_tokenizer() else -1
+    return len(clip_tokenizer().encode(text).ids) + 2 if clip_tokenizer() else -1
 
 def quantile(
     counts:Counter, # value -> how often
@@ -300,7 +309,7 @@ def clean_key(
     parts = [re.sub("^__+", "_", p) for p in parts if p]               # `datasets` passes over folders that begin so
     if parts and not dots: parts[-1] = parts[-1].replace(".", "_")
     clean = "/".join(parts)
-    if clean == key and len(key.encode("utf8")) <= most: return key
+    if clean and clean == key and len(key.encode("utf8")) <= most: return key
     return marked_key(clean, key, most)
 
 def marked_key(name:str, source:str, most:int) -> str:
@@ -448,8 +457,7 @@ def write_files(
 def prepare_folder(out:Path, plan:Plan) -> Path: # where the state is kept
     "Make a folder ready to be filled or filled further; refuse one that holds anything else."
     work, state = out/".convert", {k: list(v) if isinstance(v, tuple) else v for k, v in vars(plan).items()}
-    if out.exists() and not out.is_dir(): raise RecapError(f"{out} is a file: choose another --out")
-    held = [p.name for p in out.iterdir() if p.name not in (".lock", ".convert")] if out.exists() else []
+    held = [p.name for p in out.iterdir() if p.name not in (".lock", ".convert")]
     old = read_json(work/"plan.json") if (work/"plan.json").exists() else None
     if held and old is None: raise RecapError(f"{out} is not empty (it holds {held[0]}): choose another --out")
     if old not in (None, state):
@@ -522,6 +530,7 @@ def convert_corpus(
 ) -> dict:               # counts
     "Write a corpus in another convention."
     corpus, out = path if isinstance(path, Corpus) else open_corpus(path), Path(out).absolute()
+    if out.is_file(): raise RecapError(f"{out} is a file: choose another --out")
     plan, home = make_plan(corpus, to, styles, shard_size), (getattr(corpus, "root", None) or corpus.folder).resolve()
     if out.resolve() == home or home in out.resolve().parents: raise RecapError(f"{out} lies in the folder of the pictures, which is never changed: choose another --out")
     lock_folder(out, what="conversion")
