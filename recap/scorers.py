@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'SIZE_NAMES', 'POSITION_NAMES', 'STANDS', 'TELLING', 'as_batch', 'Vocabulary', 'Shown', 'stands',
-           'scene_targets', 'cell_targets', 'shrink_and_grow', 'jpeg', 'spoil', 'nothing', 'Conv', 'Block', 'Look',
+           'scene_targets', 'cell_targets', 'shrink_and_grow', 'jpeg', 'spoil', 'nothing', 'Look', 'Conv', 'Block',
            'Eyes', 'FactHeads', 'fact_loss', 'fact_probability', 'Detector', 'seeded', 'ScorerConfig', 'draw_scenes',
            'render_all', 'train_detector', 'people_text', 'change_one', 'implied', 'fact_bits', 'true_of', 'ClipTowers',
            'clip_tokenizer', 'token_ids', 'ClipScorer', 'clip_loss', 'train_clip', 'false_facts', 'measure_detector',
-           'measure_clip', 'held_out_views', 'reliable_kinds', 'train_scorers', 'measure_scorer']
+           'measure_clip', 'held_out_views', 'reliable_kinds', 'measure_scorer', 'train_scorers']
 
 # %% ../nbs/07_scorers.ipynb #f131c4cd
 import dataclasses, io, itertools, os, time, warnings
@@ -25,7 +25,7 @@ from .drawing import COLOURS, PLACES, STYLES, TEXTURES, WEATHERS, nouns
 from .fit import FitConfig, fit
 from .language import descriptive_caption, people_prompt, short_caption
 from .reader import read_facts
-from .world import INDOORS, INVERSE, KINDS, POSITIONS, RELATIONS, SIZES, WORDS, WORLDS, Scene, WorldConfig, facts_of, layout, render, sample_scene, visible_scene
+from .world import INDOORS, INVERSE, KINDS, POSITIONS, RELATIONS, SIZES, WORDS, WORLDS, Scene, facts_of, layout, render, sample_scene, visible_scene
 
 # %% ../nbs/07_scorers.ipynb #9d25732e
 SIZE = 64  # pixels, height and width of what the scorers look at
@@ -202,6 +202,26 @@ def nothing(
         out[kind == k] = picture[kind == k]
     return out.clamp(0, 1), kind != 3
 
+# %% ../nbs/07_scorers.ipynb #5a10c0d5
+class Look(nn.Module):
+    "Vectors look at others and take over what concerns them: attention and a small network, each around a shortcut."
+    def __init__(self,
+        d:int,       # width of all vectors
+        heads:int=4, # looks at the same time
+    ):
+        super().__init__()
+        self.heads, (self.na, self.nb, self.nc) = heads, (nn.LayerNorm(d) for _ in range(3))
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+
+    def forward(self, x, seen, there=None):  # (b, n, d), (b, m, d), (b, m) True where there is something to see -> (b, n, d)
+        split, s = lambda a: a.unflatten(-1, (self.heads, -1)).transpose(1, 2), self.nb(seen)
+        q, k, v = split(self.q(self.na(x))), split(self.k(s)), split(self.v(s))
+        score = q @ k.transpose(-1, -2) / q.shape[-1]**0.5                          # (b, heads, n, m)
+        if there is not None: score = score.masked_fill(~there[:, None, None], float("-inf"))
+        x = x + self.o((score.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.nc(x))))
+
 # %% ../nbs/07_scorers.ipynb #dc640f64
 class Conv(nn.Linear):
     "A convolution that keeps its weight as a matrix, so that Muon trains it like one."
@@ -222,25 +242,6 @@ class Block(nn.Module):
         self.a, self.b = Conv(d, d), Conv(d, d)
         self.na, self.nb = nn.GroupNorm(8, d), nn.GroupNorm(8, d)
     def forward(self, x): return F.relu(x + self.nb(self.b(F.relu(self.na(self.a(x))))))
-
-class Look(nn.Module):
-    "Vectors look at others and take over what concerns them: attention and a small network, each around a shortcut."
-    def __init__(self,
-        d:int,       # width of all vectors
-        heads:int=4, # looks at the same time
-    ):
-        super().__init__()
-        self.heads, (self.na, self.nb, self.nc) = heads, (nn.LayerNorm(d) for _ in range(3))
-        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
-        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
-
-    def forward(self, x, seen, there=None):  # (b, n, d), (b, m, d), (b, m) True where there is something to see -> (b, n, d)
-        split, s = lambda a: a.unflatten(-1, (self.heads, -1)).transpose(1, 2), self.nb(seen)
-        q, k, v = split(self.q(self.na(x))), split(self.k(s)), split(self.v(s))
-        score = q @ k.transpose(-1, -2) / q.shape[-1]**0.5                          # (b, heads, n, m)
-        if there is not None: score = score.masked_fill(~there[:, None, None], float("-inf"))
-        x = x + self.o((score.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.nc(x))))
 
 class Eyes(nn.Module):
     "Pictures -> one vector a query, and the cells they were gathered from."
@@ -780,6 +781,19 @@ def reliable_kinds(
     "Kinds that can be claimed about."
     return [k for k in KINDS if all(len(by_view[v].get(k, ())) == 2 and min(by_view[v][k].values()) >= least for v in views)]
 
+def measure_scorer(
+    model,         # a Detector or a ClipScorer
+    views:dict,    # view -> pictures, what can be seen in each
+) -> dict:
+    "A model's quality on each view of the held-out pictures."
+    if isinstance(model, ClipScorer): return {"by_view": {v: measure_clip(model, *pair) for v, pair in views.items()}}
+    by_view = {v: measure_detector(model, *pair) for v, pair in views.items()}
+    blank, _ = nothing(as_batch(views["clean"][0]).float() / 255, keyed_torch(0, "nothing"))
+    there = 1 - model.read((255 * blank).byte())["count"][..., 0]                    # (n, nouns)
+    return {"by_view": by_view, "things_seen_in_nothing": round(float((there > 0.5).sum(1).mean()), 4),
+            "reliable_kinds": reliable_kinds(by_view), "reliable_in_the_whole_world": reliable_kinds(by_view, ("whole", "whole_blurred"))}
+
+# %% ../nbs/07_scorers.ipynb #5a10c0dc
 def train_scorers(
     cfg:ScorerConfig,
     out:Path,          # folder of this run; gets detector/ and clip_scorer/
@@ -802,15 +816,3 @@ def train_scorers(
                    "machine": f"{os.cpu_count()} cores", "quality": quality, "licence": "Apache-2.0"})
         results[name] = {"parameters": sum(p.numel() for p in model.parameters()), "quality": quality}
     return results
-
-def measure_scorer(
-    model,         # a Detector or a ClipScorer
-    views:dict,    # view -> pictures, what can be seen in each
-) -> dict:
-    "A model's quality on each view of the held-out pictures."
-    if isinstance(model, ClipScorer): return {"by_view": {v: measure_clip(model, *pair) for v, pair in views.items()}}
-    by_view = {v: measure_detector(model, *pair) for v, pair in views.items()}
-    blank, _ = nothing(as_batch(views["clean"][0]).float() / 255, keyed_torch(0, "nothing"))
-    there = 1 - model.read((255 * blank).byte())["count"][..., 0]                    # (n, nouns)
-    return {"by_view": by_view, "things_seen_in_nothing": round(float((there > 0.5).sum(1).mean()), 4),
-            "reliable_kinds": reliable_kinds(by_view), "reliable_in_the_whole_world": reliable_kinds(by_view, ("whole", "whole_blurred"))}
