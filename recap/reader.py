@@ -295,9 +295,8 @@ which: that is, that are, which is, which are, that s, that, which, who is
 each: each other, one another
 both: both, both of them, all, all of it, all of them, they are both, each of them, the two of them, all three
 other: other one, the other, the other one
-the moon: the moon is, the moon shines, the moon rises, the moon hangs, the moon up, the moon in, the moon over, the moon above, the moon and, moon
     is, under the moon
-part: outlined in
+part: outlined in, the moon is, the moon shines, the moon rises, the moon hangs, the moon up, the moon in, the moon over, the moon above, the moon and, moon
 in order: left to right, from left to right
 says: says, saying, reads, reading, that says, that reads, labelled, labeled, word, the word, written, lettered, spelling, marked, say, read, spells,
     inscription
