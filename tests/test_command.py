@@ -33,7 +33,7 @@ def test_every_command_has_help():
     top = recap(ROOT, "--help").stdout
     for c in ("study", "stage", "world", "corpus", "relabel", "caption", "sample", "results"):
         assert f"  {c} " in top
-    for args in (["study"], ["stage"], ["world", "make"], ["corpus", "inspect"], ["relabel"], ["caption"], ["sample"], ["results"]):
+    for args in (["study"], ["stage"], ["world", "make"], ["corpus", "inspect"], ["corpus", "validate"], ["corpus", "convert"], ["relabel"], ["caption"], ["sample"], ["results"]):
         assert "Usage: recap" in recap(ROOT, *args, "--help").stdout
 
 
@@ -67,6 +67,37 @@ def test_world_make_and_inspect(root, tmp_path):
     seen = json.loads(recap(root, "corpus", "inspect", tmp_path/"w", "--json").stdout)
     assert seen["images"] == 6
     one_line(recap(root, "world", "make", "--n", 6, "--out", tmp_path/"w"), "not an empty folder")
+
+
+@needs("corpus", "formats")
+def test_corpus_commands(root, tmp_path):
+    (tmp_path/"in").mkdir()
+    for i in range(3): Image.new("RGB", (32, 24), (90*i, 90, 90)).save(tmp_path/"in"/f"{i}.png")
+    (tmp_path/"in"/"0.txt").write_text("a grey field")
+    fine = recap(root, "corpus", "validate", tmp_path/"in")
+    assert (fine.returncode, fine.stderr) == (0, "") and not (tmp_path/"in"/"quarantine.jsonl").exists()
+    (tmp_path/"in"/"3.jpg").write_text("<html>")
+    lost = recap(root, "corpus", "validate", tmp_path/"in", "--json", "--quarantine", tmp_path/"q.jsonl")
+    assert (lost.returncode, lost.stderr, json.loads(lost.stdout)["lost"]) == (1, "", {"HTML page": 1})     # an answer, not a failure
+    assert json.loads((tmp_path/"q.jsonl").read_text()) == {"key": "3.jpg", "shard": "00000", "reason": "HTML page", "detail": ""}
+    seen = recap(root, "corpus", "inspect", tmp_path/"in", "--sheet", tmp_path/"sheet.png")
+    assert seen.returncode == 0 and "images: 3" in seen.stdout and Image.open(tmp_path/"sheet.png").width > 400
+    done = recap(root, "corpus", "convert", tmp_path/"in", "--to", "imagefolder", "--out", tmp_path/"out", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["skipped"] == {"HTML page": 1} and (tmp_path/"out"/"metadata.jsonl").exists()
+    one_line(recap(root, "corpus", "convert", tmp_path/"in", "--to", "webdatset", "--out", tmp_path/"x"), "did you mean 'webdataset'")
+    one_line(recap(root, "corpus", "convert", tmp_path/"in", "--to", "sidecar", "--out", tmp_path/"in"/"x"), "never changed")
+    one_line(recap(root, "corpus", "inspect", tmp_path/"in", "--style", "dsc"), "no captions of style 'dsc'")
+
+
+@needs("corpus", "world", "language")
+def test_world_make_takes_a_world(root, tmp_path):
+    args = ["world", "make", "--n", 40, "--world", "middle,nouns=9", "--width", 96, "--split", "test", "--truth-styles", "dsc"]
+    for workers in (1, 2): assert recap(root, *args, "--workers", workers, "--out", tmp_path/f"w{workers}").returncode == 0
+    files = lambda w: {p.relative_to(tmp_path/w): p.read_bytes() for p in (tmp_path/w).rglob("*") if p.is_file() and p.name != ".lock"}
+    assert files("w1") == files("w2")
+    assert json.loads((tmp_path/"w1"/"world.json").read_text())["config"]["world"] == "middle,nouns=9"
+    for wrong in ("hard", "easy,nuns=3", "easy,nouns=x"): one_line(recap(root, "world", "make", "--world", wrong, "--out", tmp_path/"x"), "world" if wrong == "hard" else "nuns" if "nuns" in wrong else "number")
+    assert not (tmp_path/"x").exists()
 
 
 @needs("relabel", "captioner")

@@ -3,7 +3,6 @@ import contextlib
 import io
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -261,15 +260,17 @@ def tree(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p
 
 @pytest.mark.parametrize("to", ["webdataset", "imagefolder"])
 def test_a_killed_conversion_goes_on(tmp_path, to, kills=3):
-    files(tmp_path/"in", **{f"{i:03d}.png": picture(colour=(i, 0, 0), size=(300, 300)) for i in range(120)}, **{f"{i:03d}.txt": HOSTILE[i % 9].replace("\x00", "") for i in range(120)}, bad="", **{"050.png": b""})
+    texts = [t for t in HOSTILE if "\x00" not in t]
+    files(tmp_path/"in", **{f"{i:03d}.png": picture(colour=(i, 0, 0), size=(200, 200)) for i in range(120)}, **{f"{i:03d}.txt": texts[i % len(texts)] for i in range(120)})
+    (tmp_path/"in"/"050.png").write_bytes(b"")
     convert_corpus(tmp_path/"in", to, tmp_path/"straight", shard_size=10)
-    code = "import sys; from recap.formats import convert_corpus; print('go', flush=True); convert_corpus(sys.argv[1], sys.argv[2], sys.argv[3], shard_size=10)"
-    rng, env = random.Random(0), os.environ | {"PYTHONPATH": str(project_root())}
-    for _ in range(kills):
-        process = subprocess.Popen([sys.executable, "-c", code, tmp_path/"in", to, tmp_path/"out"], stdout=subprocess.PIPE, env=env)
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, .25))
-        process.kill(); process.wait(); process.stdout.close()
+    many = len(tree(tmp_path/"straight"))
+    code = "import sys; from recap.formats import convert_corpus; convert_corpus(sys.argv[1], sys.argv[2], sys.argv[3], shard_size=10)"
+    env, count = os.environ | {"PYTHONPATH": str(project_root())}, lambda: sum(len(fs) for _, _, fs in os.walk(tmp_path/"out"))
+    for kill in range(1, kills + 1):
+        process, wanted = subprocess.Popen([sys.executable, "-c", code, tmp_path/"in", to, tmp_path/"out"], env=env), many*kill//(kills + 1)
+        while count() < wanted and process.poll() is None: time.sleep(.001)
+        process.kill(); process.wait()
     convert_corpus(tmp_path/"in", to, tmp_path/"out", shard_size=10)
     assert tree(tmp_path/"out") == tree(tmp_path/"straight")
     assert not [n for n in tree(tmp_path/"out") if n.endswith(".tmp")]
