@@ -24,7 +24,7 @@ from .core import Config, RecapError, atomic_write, hash_file, keyed_rng, neares
 from .language import alt_text, descriptive_caption, short_caption
 from .pictures import BadImage, decode_image, work_ahead
 from .runs import die_with_parent
-from .world import SPLITS, Scene, WorldConfig, facts_of, render, sample_scene, visible_scene
+from .world import SPLITS, Scene, WorldConfig, facts_of, render, scenes_of, visible_scene
 
 # %% ../nbs/04_corpus.ipynb #3fc0bee6
 def plain_text(text:str) -> str:
@@ -163,6 +163,7 @@ def read_shard(self:Corpus,
         if isinstance(image, BadImage): self.fault(shard, source.key, image.reason, image.detail)
         else: yield Sample(source.key, shard, image, source.alt)
 
+# %% ../nbs/04_corpus.ipynb #8ac26834
 @patch
 def images(self:Corpus,
     size:int=64,    # side of the pictures
@@ -185,6 +186,7 @@ def styles(self:Corpus) -> list[str]:
     found = {p.name for p in self.captions_dir.glob("*") if any(p.glob("*.parquet"))} | set(self.inside_styles())
     return ["alt", *sorted(found - {"alt"})]
 
+# %% ../nbs/04_corpus.ipynb #f489e0ec
 @patch
 def captions(self:Corpus,
     style:str="alt", # one of .styles()
@@ -240,23 +242,6 @@ class TarCorpus(Corpus):
         beside = 0 if single else sum(is_image_name(e.name) for e in os.scandir(self.path))
         if beside: self.warn(f"{beside} image files beside the shards are not read")
 
-    def texts(self, shard) -> dict:
-        "{key: caption} of the shard's parquet, successes only; {} without one."
-        path = self.folder/f"{shard}.parquet"
-        try:
-            names = set(pq.read_schema(path).names)
-            if not {"key", "caption"} <= names: self.warn(f"{path.name} has no columns key and caption, the texts in the tar are used"); return {}
-            rows = pq.read_table(path, columns=sorted({"key", "caption", "status"} & names)).to_pylist()
-        except FileNotFoundError: return {}
-        except (pa.ArrowException, OSError) as e: self.warn(f"{path.name} cannot be read, the texts in the tar are used ({e})"); return {}
-        return {str(r["key"]): plain_text(str(r["caption"] or "")) for r in rows if r["key"] is not None and r.get("status", "success") == "success"}
-
-    def stats(self, shard) -> dict:
-        "What the shard's maker says about it; {} if it did not finish."
-        try: said = json.loads((self.folder/f"{shard}_stats.json").read_text())
-        except (OSError, ValueError): return {}
-        return said if isinstance(said, dict) else {}
-
     def shard_hash(self, shard) -> str:
         "Identity of a shard's pictures: its size and what its maker wrote beside it."
         h = hashlib.sha256(str((self.folder/f"{shard}.tar").stat().st_size).encode())
@@ -275,6 +260,26 @@ class TarCorpus(Corpus):
     @property
     def size(self) -> int: return sum(self._sizes[s] if s in self._sizes else len(self.sources(s)) for s in self.shards)
 
+# %% ../nbs/04_corpus.ipynb #80299e76
+@patch
+def texts(self:TarCorpus, shard:str) -> dict:
+    "{key: caption} of the shard's parquet, successes only; {} without one."
+    path = self.folder/f"{shard}.parquet"
+    try:
+        names = set(pq.read_schema(path).names)
+        if not {"key", "caption"} <= names: self.warn(f"{path.name} has no columns key and caption, the texts in the tar are used"); return {}
+        rows = pq.read_table(path, columns=sorted({"key", "caption", "status"} & names)).to_pylist()
+    except FileNotFoundError: return {}
+    except (pa.ArrowException, OSError) as e: self.warn(f"{path.name} cannot be read, the texts in the tar are used ({e})"); return {}
+    return {str(r["key"]): plain_text(str(r["caption"] or "")) for r in rows if r["key"] is not None and r.get("status", "success") == "success"}
+
+@patch
+def stats(self:TarCorpus, shard:str) -> dict:
+    "What the shard's maker says about it; {} if it did not finish."
+    try: said = json.loads((self.folder/f"{shard}_stats.json").read_text())
+    except (OSError, ValueError): return {}
+    return said if isinstance(said, dict) else {}
+
 # %% ../nbs/04_corpus.ipynb #cf6138f7
 def is_image_name(name:str) -> bool: return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
@@ -288,6 +293,7 @@ def tar_text(
     try: return plain_text(str(json.loads(part("json")).get("caption") or ""))
     except (KeyError, ValueError, AttributeError): return ""
 
+# %% ../nbs/04_corpus.ipynb #7c25e177
 def tar_sources(
     corpus:TarCorpus, # told what is wrong
     shard:str,        # one of its shards
@@ -323,6 +329,7 @@ def metadata_rows(
         with open(path, newline="\n" if path.suffix == ".jsonl" else "", encoding="utf-8-sig") as f:
             yield from csv.DictReader(f) if path.suffix == ".csv" else (json.loads(line) for line in f if line.strip())
 
+# %% ../nbs/04_corpus.ipynb #ca69efd7
 def read_metadata(
     path:Path,                 # metadata.jsonl, .csv or .parquet
 ) -> dict[str, dict]:          # column -> {file name relative to the file: text}; "alt" is always there
@@ -376,6 +383,7 @@ def list_folder(
             (images if picture else others).append(above + name)
     return sorted(images), sorted(others)
 
+# %% ../nbs/04_corpus.ipynb #e26e0205
 def folder_texts(
     root:Path,     # folder of images
     images:list,   # paths relative to it
@@ -456,11 +464,11 @@ class CorpusConfig(Config):
     seed: int = 0             # of the scenes
     split: str = "train"      # train, pairs, test, novel, scorer or foundation: each has scenes of its own
     truth_styles: str = ""    # columns written from the truth: "", "ssc", "dsc" or "ssc,dsc"
-    world: str = "easy"       # how much of Sprite World: easy, middle, whole, or with changes: easy,nouns=16
+    world: str = "easy"       # how much of Sprite World: easy, middle, whole, with changes (easy,nouns=16), several in turn (easy+whole)
     workers: int = 1          # processes that draw; the bytes do not depend on it
 
     def __post_init__(self):
-        WorldConfig.parse(self.world)
+        for part in self.world.split("+"): WorldConfig.parse(part)
         for name, low, top in (("n", 1, 10**9), ("size", 8, 4096), ("width", 0, 4096), ("shard_size", 1, 10_000), ("workers", 1, 256)):
             if not low <= getattr(self, name) <= top: raise RecapError(f"corpus: {name}={getattr(self, name)} must be between {low} and {top}")
         if bad := sorted(set(self.styles) - set(WRITERS)):
@@ -479,7 +487,7 @@ def world_scene(
     index:int,        # number of the scene in the corpus
 ) -> tuple[Scene, Scene]: # as drawn; as it can be seen in a picture of this size
     "One scene of a corpus."
-    scene = sample_scene(cfg.seed, index, WorldConfig.parse(cfg.world), cfg.split)
+    scene = next(scenes_of(cfg.world, 1, cfg.seed, cfg.split, index))
     return scene, visible_scene(scene, cfg.size, cfg.width or None)
 
 def world_sample(
@@ -494,6 +502,7 @@ def world_sample(
     return png.getvalue(), dict(caption=caption, url=f"sprite-world:{cfg.split}/{cfg.seed}/{index}", status="success", error_message=None,
         width=w, height=h, original_width=w, original_height=h, exif="{}", sha256=hashlib.sha256(png.getvalue()).hexdigest())
 
+# %% ../nbs/04_corpus.ipynb #a908b27e
 def pack_tar(
     path:Path,   # written atomically
     files,       # pairs of name and bytes
@@ -540,7 +549,7 @@ def world_shard(
 # %% ../nbs/04_corpus.ipynb #bf9b2e5a
 def world_version() -> str:
     "Hash of all that decides what Sprite World looks like and says: the sprites, and the code that draws and writes."
-    todo, code = {inspect.getfile(inspect.unwrap(f)) for f in (sample_scene, render, visible_scene, facts_of, alt_text, *WRITERS.values())}, {}
+    todo, code = {inspect.getfile(inspect.unwrap(f)) for f in (scenes_of, render, visible_scene, facts_of, alt_text, *WRITERS.values())}, {}
     while todo:
         path = Path(todo.pop())
         code[path] = text = path.read_text(encoding="utf8")
@@ -553,6 +562,7 @@ def world_state(cfg:CorpusConfig) -> dict:
     "What decides the bytes of a corpus."
     return {"config": {k: v for k, v in cfg.to_dict().items() if k != "workers"}, "version": world_version()}
 
+# %% ../nbs/04_corpus.ipynb #d291f3f2
 def settle(
     cfg:CorpusConfig, # what is wanted
     out:Path,         # folder, perhaps with an older corpus in it
