@@ -135,6 +135,7 @@ def _tell(found:dict, indent:str=""):
         if isinstance(v, dict) and any(isinstance(x, (dict, list)) for x in v.values()): print(f"{indent}{k}:"); _tell(v, indent + "  ")
         elif isinstance(v, dict): print(f"{indent}{k}: {', '.join(f'{n} {w}' for w, n in v.items())}")
         elif isinstance(v, list) and any(isinstance(x, str) for x in v): print(*(f"{indent}{k}: {x}" for x in v), sep="\n")
+        elif k.startswith("over_"): print(f"{indent}{k}: {v:.1%}")
         else: print(f"{indent}{k}: {', '.join(map(str, v)) if isinstance(v, list) else round(v, 3) if isinstance(v, float) else v}")
 
 @corpus_app.command()

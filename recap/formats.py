@@ -82,6 +82,7 @@ def clip_tokens(text:str) -> int: # both end marks counted; -1 without a tokeniz
     if len(text.encode("utf8", "replace")) <= 75: return 77   # a token has one byte at least
     return len(clip_tokenizer().encode(text).ids) + 2 if clip_tokenizer() else -1
 
+# %% ../nbs/04a_formats.ipynb #22d6d720
 def quantile(
     counts:Counter, # value -> how often
     share:float,    # 0 to 1
@@ -250,6 +251,7 @@ def check_columns(
         gaps[style, "pictures without a caption"] += len(keys - told)
         gaps[style, "captions without a picture"] += len(told - keys)
 
+# %% ../nbs/04a_formats.ipynb #6e3189ab
 def validate_corpus(
     path,             # as for open_corpus, or a Corpus
     quarantine=None,  # file for what is wrong; by default quarantine.jsonl beside the pictures
@@ -331,6 +333,7 @@ class Plan:
     @property
     def tar(self) -> bool: return self.to in ("webdataset", "open_clip")
 
+# %% ../nbs/04a_formats.ipynb #ca542187
 def make_plan(
     corpus:Corpus,
     to:str,              # one of TARGETS
@@ -363,6 +366,7 @@ class Parcel:
     @property
     def file_name(self) -> str: return f"{self.name}.{kept_suffix(self.look)}"
 
+# %% ../nbs/04a_formats.ipynb #b87f0008
 def kept_suffix(look:Look) -> str:
     "The file's own suffix if it tells the truth, in its own spelling."
     own = look.source.key.rpartition(".")[2] if is_image_name(look.source.key) else ""
@@ -392,6 +396,7 @@ def parquet_row(parcel:Parcel, main:str) -> dict:
                 original_width=old.get("original_width") or look.width, original_height=old.get("original_height") or look.height,
                 exif=str(old.get("exif") or "{}"), sha256=hashlib.sha256(look.data).hexdigest())
 
+# %% ../nbs/04a_formats.ipynb #c4e319a4
 def written(parcel:Parcel, file_name:str, **more) -> dict:
     "What is noted about a picture that was written, or left out."
     bad = parcel.look.bad
@@ -436,6 +441,7 @@ def put_file(out:Path, name:str, data:bytes):
         os.replace(part, path)
     except OSError as e: raise RecapError(f"cannot write {path}: {e.strerror}; what is finished is kept, the same command continues") from None
 
+# %% ../nbs/04a_formats.ipynb #f1cda67a
 def write_files(
     plan:Plan,
     out:Path,        # folder of the new corpus
@@ -467,6 +473,7 @@ def prepare_folder(out:Path, plan:Plan) -> Path: # where the state is kept
     for leftover in out.rglob(".*.tmp"): leftover.unlink()
     return work
 
+# %% ../nbs/04a_formats.ipynb #406a1860
 def read_lines(path:Path) -> Iterator[dict]:
     "The lines of a jsonl file of ours; none if there is no file."
     if not path.exists(): return
@@ -520,6 +527,7 @@ def source_rows(corpus:Corpus, shard:str) -> dict: # {key: dict}
     names = sorted({"key", "url", "exif", "original_width", "original_height"} & set(pq.read_schema(path).names))
     return {str(r["key"]): r for r in pq.read_table(path, columns=names).to_pylist()}
 
+# %% ../nbs/04a_formats.ipynb #bc642b9c
 def convert_corpus(
     path,                # as for open_corpus, or a Corpus
     to:str,              # one of TARGETS
@@ -540,6 +548,7 @@ def convert_corpus(
     finally: unlock_folder(out)
     return dict(path=str(corpus.path), kind=corpus.kind, to=to, out=str(out), styles=list(plan.styles), **done, warnings=corpus.warnings)
 
+# %% ../nbs/04a_formats.ipynb #7307a4b4
 def fill_folder(corpus:Corpus, plan:Plan, out:Path, work:Path, threads:int) -> dict:
     "Write the batches that are missing, then what goes with them."
     used, write = set(), write_shard if plan.tar else write_files
