@@ -109,7 +109,7 @@ _ODD_PLURALS = dict(mouse="mice", goose="geese", fish="fish", sheep="sheep", cat
                     clothing="clothing")
 _COMPOUNDS = _table("""compounds: dog house, doghouse, tree house, treehouse, bird house, birdhouse, bird cage, birdcage, bird bath, birdbath, bird feeder, bird
     table, hot air balloon, air balloon, flower pot, flowerpot, flower bed, flower vase, cat food, dog food, dog bowl, fish tank, fishbowl, fish bowl,
-    bus stop, bus station, car park, train station, book shelf, bookshelf, book case, bookcase, bookshop, boat house, boathouse, house plant,
+    bus stop, bus shelter, bus station, car park, train station, book shelf, bookshelf, book case, bookcase, bookshop, boat house, boathouse, house plant,
     houseplant, house keys, clock tower, horse box, horseshoe, horse shoe, sea horse, rocking horse, cup cake, snow ball, snow globe, sand castle,
     sandcastle, street lamp, lamp post, lamppost, traffic light, street light, tree stump, tree trunk, palm leaf, rose bush, apple pie, banana peel,
     guitar case, fire engine, milk bottle, tea towel, tea pot, tree line, cow bell, duck pond, sheep dog, sheepdog, star fish, jelly fish, sword fish,
@@ -190,7 +190,7 @@ moon: lunar surface, lunar landscape, moons surface, moon surface, surface of th
 _WEAK_PLACES = _table("""
 meadow: grassy, hill, hills, hilly, green hill, green hills, grey green hills, hillside, grassy hill, grassy hills, rolling hills, rolling green
     hills, grassy ground, grassy land
-beach: sea, ocean, waves, sea side
+beach: sea, ocean, sea side
 street: urban, asphalt, tarmac, buildings in the background
 room: wallpaper, carpet, rug, wooden floor
 snow: snowy, wintry, wintery, snow covered, snowflakes, snowfall, snow drift, snowdrift
@@ -251,7 +251,7 @@ _WITH = set("with has have having wears wearing had featuring features plus incl
 _JOINS = set("and & + while whereas then also as though although but or nor yet plus /".split())
 _NOT = set("no not without never neither nor lacks lacking cannot except minus nobody none isn aren doesn wasn excluding nowhere".split())
 _IT = set("it them him her he she they itself".split())
-_DETERMINERS = set("a an the this these those some several each every another its their his my our your many few various any more one lots multiple numerous other".split())
+_DETERMINERS = set("a an the this these those some several each every another its their his my our your many few various any more one whose lots multiple numerous other".split())
 _OF = set("of at from to for toward towards through across along against beyond past about off out around round".split())
 _FRAMES = set("""picture image photo photograph scene frame drawing painting illustration view canvas background foreground art artwork shot composition page screen pic
 backdrop setting landscape scenery portrait cartoon clipart snapshot style look print render rendering graphic panel horizon""".split())
@@ -265,27 +265,30 @@ treetop canopy needles crust dial numbers core sides edge edges border outline l
 bellied sailed winged headed shelled lidded rimmed pedals handlebars band letters lettering text writing horizon sky skies sun sunshine cloud clouds ground
 floor water rest everything air steam smoke tiles tile shelf curtain curtains heart hearts mast masts bows collars lining rock rocks stone stones bush bushes
 earth planet planets satellite skyline tower blocks blocks flakes skirting lamp post fence path dashes people person nobody bands button""".split()
-_FILLER = set("""a an the and with is are of it its there this that in on at to by as be we see seen here i want please show me put picture drawing shows shown showing show
-depicts depicting depicted photo image set takes take place placed located positioned standing sitting lying resting perched hovering floating flying hanging
-growing parked swimming walking running sleeping looking facing located stand all around one first other nice light cute for who which where whose while so
-very quite just rather really almost slightly bright dark pale deep vivid soft lovely pretty beautiful happy funny cheerful simple plain solid single lone
-alone only solitary together too well still now shiny wooden metal old new young friendly round coloured colored color colour coloring colouring hued tone
-toned patterned pattern patterns covered wearing decorated shaded painted drawn done made illustrated rendered style styled create make draw paint give need
-would like i'd id can could have keep let let's us my you your if up down do side sand sandy asphalt does did doing because think maybe perhaps something way
-elsewhere come comes lined directly hidden hardly any darker paler lighter thick thin faint faded blurred blurry washed ragged wavy fine coarse muted loose
-pastel pure lit oval framed smooth upright grouped close overlapping overlap curled shining shines shine popped rising steaming covering popping peeks peeps
-hides huddle crawls crawling buzzes buzzing grazes graze grazing graze waddles strong bad heavy otherwise weather what when how who's total altogether
-everything anything nothing otherwise else empty big bigger larger smaller largest smallest biggest taller shorter than same size sized medium average normal
-regular usual clear sunny day daytime daylight cloudy wall distance distant scenery landscape view corner corners upper lower top bottom area part front back
-outdoors outside outdoor air water surface wide open quiet calm peaceful half far near partly visible both each every some several many few various any more
-much lots lot group bunch row line collection couple kind type sort piece bit few of something someone somewhere also plus then again even get got has have
-having had must should may might will shall was were been being he she they them his her their our these those not no into onto from out off over through
-along across toward towards next mid amid set against within mainly mostly entirely completely fully overall photograph pictured colourful colorful
-multicoloured multicolored multicolour rainbow scene title during weather pics time caption text full crescent thick dense deep heavy lightly gentle vast high
-low warm cool cold hot dry wet early late ca s t d ll re ve m one's happens happening hangs falls falling fallen has comes coming filled fills full carefully
-neatly proudly quietly gently calmly happily appears appearing look looks seems seem contrast contrasting complete entire whole good fine neat classic typical
-traditional vintage modern art artistic artwork digital flat vector minimal minimalist childlike childish children child's kids hand made homemade cartoon
-cartoonish""".split())
+_FILLER = set("""graphics chunky grainy engraving engraved etched noisy missing somebody taken up everywhere watches watching landed yes long short morning afternoon daybreak dawn today wears gets getting got keeps turned turning made makes making
+left-facing stretched waving comfortably calm tightly fairly extremely incredibly super slight slightly mostly partially half whole halfway across opposite
+towards apart away further closer nearer nearby a an the and with is are of it its there this that in on at to by as be we see seen here i want please show me
+put picture drawing shows shown showing show depicts depicting depicted photo image set takes take place placed located positioned standing sitting lying
+resting perched hovering floating flying hanging growing parked swimming walking running sleeping looking facing located stand all around one first other nice
+light cute for who which where whose while so very quite just rather really almost slightly bright dark pale deep vivid soft lovely pretty beautiful happy
+funny cheerful simple plain solid single lone alone only solitary together too well still now shiny wooden metal old new young friendly round coloured colored
+color colour coloring colouring hued tone toned patterned pattern patterns covered wearing decorated shaded painted drawn done made illustrated rendered style
+styled create make draw paint give need would like i'd id can could have keep let let's us my you your if up down do side sand sandy asphalt does did doing
+because think maybe perhaps something way elsewhere come comes lined directly hidden hardly any darker paler lighter thick thin faint faded blurred blurry
+washed ragged wavy fine coarse muted loose pastel pure lit oval framed smooth upright grouped close overlapping overlap curled shining shines shine popped
+rising steaming covering popping peeks peeps hides huddle crawls crawling buzzes buzzing grazes graze grazing graze waddles strong bad heavy otherwise weather
+what when how who's total altogether everything anything nothing otherwise else empty big bigger larger smaller largest smallest biggest taller shorter than
+same size sized medium average normal regular usual clear sunny day daytime daylight cloudy wall distance distant scenery landscape view corner corners upper
+lower top bottom area part front back outdoors outside outdoor air water surface wide open quiet calm peaceful half far near partly visible both each every
+some several many few various any more much lots lot group bunch row line collection couple kind type sort piece bit few of something someone somewhere also
+plus then again even get got has have having had must should may might will shall was were been being he she they them his her their our these those not no
+into onto from out off over through along across toward towards next mid amid set against within mainly mostly entirely completely fully overall photograph
+pictured colourful colorful multicoloured multicolored multicolour rainbow scene title during weather pics time caption text full crescent thick dense deep
+heavy lightly gentle vast high low warm cool cold hot dry wet early late ca s t d ll re ve m one's happens happening hangs falls falling fallen has comes
+coming filled fills full carefully neatly proudly quietly gently calmly happily appears appearing look looks seems seem contrast contrasting complete entire
+whole good fine neat classic typical traditional vintage modern art artistic artwork digital flat vector minimal minimalist childlike childish children
+child's kids hand made homemade cartoon cartoonish""".split())
+_SHAPED = "shaped coloured colored themed sized like".split()
 _BODY = "coat skin body plumage".split()
 _PHRASES = _table("""
 mutual: side by side
@@ -295,13 +298,16 @@ which: that is, that are, which is, which are, that s, that, which, who is
 each: each other, one another
 both: both, both of them, all, all of it, all of them, they are both, each of them, the two of them, all three
 other: other one, the other, the other one
-    is, under the moon
-part: outlined in, the moon is, the moon shines, the moon rises, the moon hangs, the moon up, the moon in, the moon over, the moon above, the moon and, moon
+part: outlined in, the moon is, the moon shines, the moon rises, the moon hangs, the moon up, the moon in, the moon over, the moon above, the moon
+    and,
+    under the moon
 in order: left to right, from left to right
 says: says, saying, reads, reading, that says, that reads, labelled, labeled, word, the word, written, lettered, spelling, marked, say, read, spells,
     inscription
 not: without any, instead of, rather than, no other, free of, devoid of, apart from, far from, neither of, can not, other than
-nothing: all of this, all around, all over, in the style of, a lot of, lots of, plenty of, a bit of, a little bit, at the top, at the bottom, on the
+nothing: middle sized, mid sized, taken up by, filled by, occupied by, followed by, surrounded by, lit by, made by, seen by, drawn by, painted by, covered by, hidden by,
+    cut off by, framed by, step by step, one by one, little by little, side by, all of this, all around, all over, in the style of, a lot of, lots of,
+    plenty of, a bit of, a little bit, at the top, at the bottom, on the
     ground, on the floor, in the air, in the sky, at the back, at the front, in the background, in the foreground, in the distance, in the picture, in
     the image, in this picture, in the photo, in the scene, in this image, in this scene, not only, nothing but, facing left, facing right, facing the
     left, facing the right, facing to the left, facing to the right, looking left, looking right, looking to the left, looking to the right, turned
@@ -355,7 +361,7 @@ def _side_words():
 def _lexicon():
     "All phrases and what they mean, as a tree of words; the meaning of a phrase stands under \"\"."
     lex = {w: (None, None) for w in _FILLER}
-    small = {"det": _DETERMINERS, "prep": _OF, "with": _WITH, "join": _JOINS, "not": _NOT, "it": _IT, "is": _VERBS, "frame": _FRAMES, "vague": _VAGUE, "part": _PARTS, "body": _BODY}
+    small = {"det": _DETERMINERS, "prep": _OF, "with": _WITH, "join": _JOINS, "not": _NOT, "it": _IT, "is": _VERBS, "frame": _FRAMES, "vague": _VAGUE, "part": _PARTS, "body": _BODY, "shaped": _SHAPED}
     for kind, words in small.items(): lex |= {w: (kind, w) for w in words}
     lex |= {w: ("unread", None) for c in _COMPOUNDS for w in (c, _plurals(c))}
     tables = {"weak": (_WEAK_PLACES,), "place": (_PLACES, PLACE_NAMES, {p: [p] for p in PLACES}), "in place": (PLACE_WORDS,),
@@ -376,7 +382,7 @@ def _lexicon():
 # %% ../nbs/03b_reader.ipynb #c3b81e35
 _TOKEN = re.compile(r"""[\w-]+\.(?:jpe?g|png|gif|webp)\b|'s\b|n't\b|(?:(?!n't\b)[^\W_])+|[.;:!?,"()/|&+\n]|(?<=\s)-(?=\s)|[–—]""")
 _QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "’": "'", "‘": "'", "`": "'", "é": "e", "É": "E", "…": "."})
-_STOPS = {c: ("stop", c) for c in ".;!?|\n"} | {c: (",", ",") for c in ",:()-–—"} | {"'s": ("'s", None), '"': (None, None), "n't": ("not", None)}
+_STOPS = {c: ("stop", c) for c in ".;!?|\n"} | {c: (",", ",") for c in ",:)-–—"} | {"(": ("bracket", None)} | {"'s": ("'s", None), '"': (None, None), "n't": ("not", None)}
 _SAYS = {w for p in _PHRASES["says"] for w in p.split()} - {"the"}
 
 @functools.lru_cache
@@ -450,6 +456,7 @@ class _Phrases:
             self.unread.append("orange"); self.strange = True
         if self.strange and self.det: self.add("strange", after)
         elif self.run: self.add("looks", self.strange, self.run, self.det)
+        elif self.strange: self.add("unread")
         self.run, self.det, self.strange = [], "", False
 
 # %% ../nbs/03b_reader.ipynb #3be0000b
@@ -459,18 +466,20 @@ def _phrases(tokens):
     while i < n:
         (kind, value, *plural), i = tokens[i], i + 1
         after, value_after = tokens[i][:2] if i < n else ("stop", "")
-        if kind is None: continue
+        if kind is None or kind == "shaped" or kind == "side" and after == "part": continue
         if kind in _LOOKS:
             if kind == "count" and p.run and p.run[-1][0] != "count": p.flush()
             p.run.append((kind, value))
+            if kind == "count" and after == "prep" and tokens[i+1:i+2] and tokens[i+1][0] == "it": p.add("count of", None, p.run); i += 2   # three of them
         elif kind == "side" and value == "middle" and (p.run or p.det in ("a", "its")): p.add("part", after, (), p.det)   # with a brown centre
         elif kind in ("side", "word") and (after in _NAMES or after in _LOOKS): p.run.append(("position" if kind == "side" else kind, value))   # the left cat, an OPEN sign
         elif kind in _NAMES:
-            if plural[0] or after not in _NAMES: p.add(kind, value, p.run, p.det)                      # but a toy car is a car
+            modifies = after in _NAMES or after == "shaped" and i + 1 < n and tokens[i+1][0] in _NAMES
+            if plural[0] or not modifies: p.add(kind, value, p.run, p.det)                              # but a toy car is a car
         elif kind == "pattern": p.add(kind, value, p.run, p.det)
         elif kind in ("part", "frame"): p.add(kind, after, (), p.det)
         elif kind == "body": p.add(kind, None, p.run, p.det)
-        elif kind == "vague": p.add("it" if p.det in ("the", "this", "these", "those") else "strange", value)
+        elif kind == "vague": p.add("strange", after) if p.det not in ("the", "this", "these", "those") else p.add("it", value)
         elif kind == "det":
             if value == "one" and p.run: p.run, p.det, p.strange = [], "a", True                       # a small one
             else: p.flush(); p.det = value
@@ -510,7 +519,7 @@ class _Story:
         self.before = [n for n in self.subject if n] or self.before
         self.subject, self.last = [], None      # last: the thing named last
         self.relation = self.held = None        # (word, guests) waits for its host; (word, host) for its guest
-        self.its, self.order, self.there, self.fronted, self.topic = None, None, False, [], None     # positions that wait for their thing; what "both" or "which" points at
+        self.also, self.its, self.order, self.there, self.fronted, self.topic = None, None, None, False, [], None     # positions that wait for their thing; what "both" or "which" points at
         self.verb = self.whole = self.denied = self.strange = self.having = False   # whole: the clause about the subject is complete
         self.link, self.alone = "stop", True    # what came before; no thing yet in this part of the sentence
 
@@ -533,7 +542,7 @@ class _Story:
             if kind == "position": self.where[noun] = value
 
     def relate(self, a, word, b):
-        if not a or not b or a == b or word == "between": return
+        if not a or not b or a == b or word in (None, "between"): return
         host = nouns().get(a)
         if word == "around" and not (host and host.inside) or word == "carrying" and not (host and host.top): return   # a snowman may hold an umbrella
         word = {"carrying": "under"}.get(word, word)
@@ -563,6 +572,7 @@ def read_facts(
     items, unread = _phrases(_tokens(text))
     story = _Story(items)
     for i, item in enumerate(items): _RULES.get(item[0], _pass)(story, i, *item)
+    _RULES.get("stop", _pass)(story)
     if story.weak and not any(f[0] == "place" for f in story.facts): story.facts.add(("place", story.weak[0]))
     if ("place", "moon") in story.facts: story.facts.discard(("weather", "night"))   # where it is always dark
     return Reading(frozenset(story.facts), tuple(unread))
@@ -604,13 +614,16 @@ def _name(s, i, kind, noun, looks, det):
         s.held, s.relation, s.last, s.alone = (s.relation[0], noun), None, noun, False
         return
     if s.held:                                                   # "... stands a tree"
-        s.relate(noun, *s.held)
-        s.subject, s.cluster, s.verb, s.whole, s.held = [noun], [noun, s.held[1]], False, True, None
+        (word, host, *clause), s.held = s.held, None
+        s.relate(noun, word, host)
+        if not clause: s.subject, s.verb, s.whole = [noun], False, True
+        s.cluster = [noun, host]
     elif s.relation:
         word, guests = s.relation
-        for g in guests: s.relate(g, word, noun)
+        for g in guests: s.relate(g, word, noun); s.relate(g, s.also, noun)
+        s.also = None
         s.cluster, s.relation = [*guests, noun], s.relation if word == "between" else None
-    elif not s.subject or s.link == "stop" or s.link == "and" and (s.verb or s.whole):
+    elif not s.subject or noun in s.subject or s.link == "stop" or s.link == "and" and (s.verb or s.whole):
         s.cluster = [*s.cluster, noun] if s.subject and s.there else [noun]
         s.subject, s.verb, s.whole = [noun], False, False
     elif s.link == "and": s.subject.append(noun); s.cluster = s.subject[:]
@@ -627,9 +640,9 @@ def _look(s, i, kind, strange, looks, det):
     if s.denied or s.strange or s.link == "with" or (strange or det) and s.link != "is": return
     for n in s.about(): s.tell(n, [(k, v) for k, v in looks if k != "count"])
 
-@_rule("body")
+@_rule("body", "count of")
 def _body(s, i, kind, value, looks, det):
-    for n in s.about() if not s.denied else (): s.tell(n, [x for x in looks if x[0] != "count"])
+    for n in s.about() if not s.denied else (): s.tell(n, [x for x in looks if x[0] != "count" or kind == "count of"])
 
 @_rule("pattern")
 def _pattern(s, i, kind, texture, looks, det):
@@ -663,17 +676,21 @@ def _waits(s, i):
     "Does the guest come after the host: \"and behind it stands a tree\"?"
     rest, hosts = s.items[i+1:], 0
     if rest and (rest[0][0] == "it" or rest[0][3] in _ITS): return s.comes(i + 1, _NAMES, ("stop",))
-    for item in rest:
-        hosts += item[0] in _NAMES
-        if hosts == 2 or item[0] in ("stop", ",", "join", "relation", "with", "prep"): return hosts == 2
+    kinds = [item[0] for item in rest[:8]] + ["stop"]*4
+    if kinds[0] in _NAMES and kinds[1] == "," and "," in kinds[2:6]:          # "and beside it, on the lawn, two cats"
+        j = kinds.index(",", 2)
+        if not _NAMES & set(kinds[2:j]) and kinds[j+1] in _NAMES: return True
+    for kind in kinds:
+        hosts += kind in _NAMES
+        if hosts == 2 or kind in ("stop", ",", "join", "relation", "with", "prep"): return hosts == 2
     return False
 
 @_rule("it")
 def _it(s, i, kind, word, looks, det):
     "A pronoun: the host of a relation, or what the sentence before was about."
     if not s.relation:
-        if not s.subject:
-            s.subject = list(s.cluster if word in ("they", "them") else s.before)
+        if not any(s.subject) and s.link != "prep":
+            s.subject = list(s.cluster if word in ("they", "them") else s.before or s.seen[-1:]*len(s.subject))
             s.last = (s.subject or [None])[-1]
         return
     (word, guests), s.relation = s.relation, None
@@ -694,7 +711,17 @@ def _each(s, i, kind, *rest):
 
 # %% ../nbs/03b_reader.ipynb #3be00008
 @_rule("stop")
-def _stop(s, *item): s.start()
+def _stop(s, *item): _close(s); s.start()
+
+def _close(s):
+    "A relation without a host: \"a table with a cup on top\", \"a car, a kite above\"."
+    if s.relation and s.relation[1]:
+        hosts = [n for n in s.subject if n and n not in s.relation[1]]
+        for guest in s.relation[1] if len(hosts) == 1 else (): s.relate(guest, s.relation[0], hosts[0])
+    s.relation = None
+
+@_rule("unread")
+def _unread(s, *item): s.relation = None
 
 @_rule("not")
 def _not(s, i, kind, word, *rest): s.denied = word or "not"
@@ -705,7 +732,8 @@ def _separate(s, i, kind, word, *rest):
     if s.relation and s.relation[0] == "between" and word == "and": return
     after = s.items[i+1] if i + 1 < len(s.items) else ("stop",)
     s.denied = (s.denied or s.link == "denied") and (word in ("or", "nor") or s.link == "denied" and after[0] in _NAMES and not after[3])
-    s.relation = None
+    s.also = s.relation[0] if s.relation and after[0] == "relation" else None   # behind and left of a box
+    if not s.also: _close(s)
     if s.subject: s.last = s.subject[-1]
     s.topic, s.strange, s.alone, s.link = None, False, True, "denied" if s.denied else "and"
 
@@ -723,11 +751,13 @@ def _unknown(s): s.subject, s.last, s.verb, s.fronted, s.topic = [None], None, F
 @_rule("part", "strange", "frame")
 def _part(s, i, kind, after, looks, det):
     "What is told of a part, of the sky or of a thing that is not of this world is not told of the thing: \"with a red roof\", \"its door is green\"."
+    if det == "whose": s.topic, s.link, s.relation = [None], "which", None; return               # whose roof is red
     if s.relation and det in _ITS: _it(s, i, "it", "it", (), ""); return              # in front of its foot
     free = not (s.relation or s.link in ("prep", "with") or s.having and det not in (*_ITS, "the") or s.denied)
     if free and (after == "is" or not (s.subject or s.held or s.fronted)): _unknown(s)
     s.relation = None
     if kind != "frame": s.strange, s.alone = True, False
+    elif s.subject == [None] and after != "is": s.subject, s.strange = [], False                        # a child's drawing of
 
 @_rule("word")
 def _word(s, i, kind, word, *rest):
@@ -736,8 +766,8 @@ def _word(s, i, kind, word, *rest):
 # %% ../nbs/03b_reader.ipynb #3be00009
 @_rule("is")
 def _is(s, *item):
-    if s.subject and s.link != "which": s.last = s.subject[-1]
-    s.verb, s.link, s.strange, s.having = bool(s.subject), "is", False, False
+    if s.subject and s.link != "which": s.last, s.topic = s.subject[-1], None if s.topic == [None] else s.topic
+    s.relation, s.verb, s.link, s.strange, s.having = None, bool(s.subject), "is", False, False
 
 @_rule("with", "prep", "says")
 def _link(s, i, kind, value, *rest):
@@ -745,21 +775,26 @@ def _link(s, i, kind, value, *rest):
     else: s.link, s.having = kind, kind == "with"
 
 @_rule("which")
-def _which(s, *item): s.topic, s.link = s.seen[-1:] or None, "which"
+def _which(s, *item):
+    if s.relation and s.seen: s.held, s.relation = (s.relation[0], s.seen[-1], "clause"), None     # a chair on which a cat sits
+    s.topic, s.link = s.seen[-1:] or None, "which"
+
+@_rule("bracket")
+def _bracket(s, *item): s.topic, s.relation, s.strange = s.seen[-1:] or None, None, False
 
 @_rule("there")
 def _there(s, *item):
     s.there, s.verb = True, s.verb or bool(s.subject)
 
 @_rule("in order")
-def _in_order(s, *item): s.order = [None]
+def _in_order(s, *item): s.order = None if s.subject else [None]
 
 @_rule("whose")
 def _whose(s, *item):
     if s.subject[-1:] == [s.last]: s.subject = s.subject[:-1]; s.link = "stop"
 
 @_rule("both")
-def _both(s, *item): s.topic = list(s.cluster)
+def _both(s, *item): s.topic = s.cluster[:] if len(s.cluster) > 1 else s.seen[-2:]
 
 @_rule("other")
 def _other(s, *item):
