@@ -61,7 +61,7 @@ house: cottage, hut, cabin, bungalow, villa, chalet
 kite: diamond kite
 ladder: stepladder, step ladder
 ladybird: ladybug, lady bug, lady bird, lady beetle, ladybeetle
-lamp: desk lamp, table lamp, floor lamp, standard lamp, reading lamp
+lamp: lantern, bedside lamp, desk lamp, table lamp, floor lamp, standard lamp, reading lamp
 lighthouse: light house
 mushroom: toadstool, fungus, fly agaric
 owl: barn owl
@@ -109,7 +109,8 @@ _ODD_PLURALS = dict(mouse="mice", goose="geese", fish="fish", sheep="sheep", cat
                     clothing="clothing")
 _COMPOUNDS = _table("""compounds: dog house, doghouse, tree house, treehouse, bird house, birdhouse, bird cage, birdcage, bird bath, birdbath, bird feeder, bird
     table, hot air balloon, air balloon, flower pot, flowerpot, flower bed, flower vase, cat food, dog food, dog bowl, fish tank, fishbowl, fish bowl,
-    bus stop, bus shelter, bus station, car park, train station, book shelf, bookshelf, book case, bookcase, bookshop, boat house, boathouse, house plant,
+    bus stop, bus shelter, bus station, car park, train station, book shelf, bookshelf, book case, bookcase, bookshop, boat house, boathouse, house
+    plant,
     houseplant, house keys, clock tower, horse box, horseshoe, horse shoe, sea horse, rocking horse, cup cake, snow ball, snow globe, sand castle,
     sandcastle, street lamp, lamp post, lamppost, traffic light, street light, tree stump, tree trunk, palm leaf, rose bush, apple pie, banana peel,
     guitar case, fire engine, milk bottle, tea towel, tea pot, tree line, cow bell, duck pond, sheep dog, sheepdog, star fish, jelly fish, sword fish,
@@ -120,7 +121,8 @@ _COMPOUNDS = _table("""compounds: dog house, doghouse, tree house, treehouse, bi
 _COLOURS = _table("""
 red: crimson, scarlet, ruby, vermilion, maroon, burgundy, reddish, brick red, cherry red, ruby red, blood red, fire engine red, tomato red, wine red,
     pillar box red
-blue: navy, navy blue, azure, cobalt, cobalt blue, royal blue, sky blue, baby blue, bluish, sapphire, ultramarine, electric blue, cornflower blue
+blue: blueish, navy, navy blue, azure, cobalt, cobalt blue, royal blue, sky blue, baby blue, bluish, sapphire, ultramarine, electric blue, cornflower
+    blue
 yellow: golden, gold, lemon yellow, sunny yellow, yellowish, mustard, mustard yellow, canary yellow, sunflower yellow, golden yellow
 green: lime, lime green, emerald, emerald green, olive, olive green, forest green, grass green, leaf green, greenish, jade, moss green, mint green,
     bottle green
@@ -141,13 +143,15 @@ large: big, huge, giant, enormous, massive, gigantic, tall, oversized, great big
 _TEXTURES = _table("""
 striped: stripy, stripey, zebra striped, stripe patterned, banded
 dotted: spotted, polka dot, polka dotted, spotty, dotty, speckled, polkadot, polka dots patterned, polkadotted, dappled
-checked: chequered, checkered, plaid, tartan, gingham, checkerboard, chequerboard, check patterned, checkerboard patterned
+checked: squared, chessboard patterned, chequered, checkered, plaid, tartan, gingham, checkerboard, chequerboard, check patterned, checkerboard
+    patterned
 furry: fluffy, fuzzy, hairy, woolly, wooly, shaggy, fur covered
 """)
 _PATTERNS = _table("""
 striped: stripes, stripe, bands, striping
 dotted: dots, spots, polka dots, polkadots, speckles, polka dot pattern
-checked: checks, check pattern, chequers, checkers, checkerboard pattern, chequerboard pattern, squares, checker pattern, checkered pattern
+checked: checks, check pattern, chessboard pattern, chess board pattern, chequered pattern, check, chequers, checkers, checkerboard pattern,
+    chequerboard pattern, squares, checker pattern, checkered pattern
 furry: fur, hair, fluff, fuzz, wool
 """)
 _COUNTS = _table("""
@@ -173,15 +177,18 @@ _PLACES = _table("""
 meadow: grass, green grass, grassland, grassland meadow, pasture, lawn, field, grass field, prairie, grassy field, green field, meadows, paddock,
     fields, flower meadow, countryside
 beach: seaside, seashore, shore, shoreline, coast, sandy beach, sandy shore, sea shore, seafront, sandy coast, beachfront
-street: road, city, town, pavement, sidewalk, roadside, city street, city road, city centre, city center, town centre, high street, avenue, urban
+street: road, highway, motorway, lane, alley, village street, suburb, crossroads, roundabout, city, town, pavement, sidewalk, roadside, city street,
+    city road, city centre, city center, town centre, high street, avenue, urban
     street, streets, downtown, roadway
-room: indoors, inside a house, inside the house, indoor, living room, livingroom, bedroom, lounge, sitting room, parlour, inside a room, interior,
+room: indoors, nursery, apartment, house interior, inside a house, inside the house, indoor, living room, livingroom, bedroom, lounge, sitting room,
+    parlour, inside a room, interior,
     indoor room, playroom
 snow: snowy landscape, snowy ground, snow field, snowfield, winter landscape, wintry landscape, winter, snow covered ground, snowy field, snowy scene,
     snowscape, winter wonderland, snowy hill, snowy hills, wintery landscape, snow covered field, snowy meadow
-desert: sand dunes, sand dune, dunes, dune, desert sand, desert landscape, sandy desert, deserts
-forest: woods, a wood, the wood, pine forest, fir forest, woodland, forests, woodlands, forest clearing, jungle, wooded area
-mountains: mountain, mountain valley, peaks, peak, snow topped mountains, snow topped peaks, snow capped peaks, snowy mountain, snow covered
+desert: sahara, sand dunes, sand dune, dunes, dune, desert sand, desert landscape, sandy desert, deserts
+forest: woods, glade, a wood, the wood, pine forest, fir forest, woodland, forests, woodlands, forest clearing, jungle, wooded area
+mountains: mountain, mountain valley, summit, summits, mountain pass, mountain ridge, peaks, peak, snow topped mountains, snow topped peaks, snow
+    capped peaks, snowy mountain, snow covered
     mountains, snow topped, snow capped, rocky mountains, mountainside, mountain range, alps, mountain landscape, mountain tops, mountaintops,
     highlands, snowy mountains, snow capped mountains, snowy peaks, mountain top, alpine landscape
 kitchen: kitchens, cooking room, kitchen counter, kitchen floor, kitchen worktop
@@ -206,7 +213,8 @@ night: night, at night, by night, night time, nighttime, nightfall, under the st
 sunset: sunset, dusk, evening, evening sky, sundown, sun is setting, setting sun, evening sun, twilight, sun goes down, sun is going down, sunset sky,
     evening light, orange sky, golden hour, red sky, pink sky, sun sets, evening glow, sun setting, sun must be setting, setting of the sun, evening
     time, low sun
-rain: rain, raining, rainy, rains, drizzle, rain shower, downpour, rainfall, pouring, wet weather, raindrops, pours, pours down, pouring down,
+rain: rain, showers, heavy rain, raining, rainy, rains, drizzle, rain shower, downpour, rainfall, pouring, wet weather, raindrops, pours, pours down,
+    pouring down,
     drizzling, drizzly, rainstorm, pouring rain, rain clouds, shower of rain
 fog: fog, foggy, mist, misty, haze, hazy, in the mist, fogged, thick fog, foggy weather
 """)
@@ -216,11 +224,13 @@ outline: outline drawing, line drawing, line art, outlined, outlines, outline st
     inked, inky, ink sketch, ink line drawing, in ink, sketched in ink, pen drawing, drawn in pen, pen, pen and ink, contours, inky contours, ink
     contours, contour, black lines, heavy lines, heavy black lines, thick lines, thick black lines, bold lines, bold black lines, uncoloured drawing,
     outline picture, outline art, outline sketch
-pencil: pencil drawing, pencil sketch, pencil, sketch, sketched, crayon, crayons, crayon drawing, coloured pencil, colored pencil, coloured pencils,
+pencil: graphite, graphite drawing, pencil hatching, pencil drawing, pencil sketch, pencil, sketch, sketched, crayon, crayons, crayon drawing,
+    coloured pencil, colored pencil, coloured pencils,
     colored pencils, coloured pencil drawing, colored pencil drawing, pencils, sketchy, pencilled, hand sketched, pencil style, pencil sketch style,
     penciled, hatched drawing, sketching, hatching, hatched, hatching lines, hatched lines, hatch lines, cross hatched, cross hatching, pencil
     strokes, pencil lines
-pixel: pixel art, pixel, pixels, pixelated, pixellated, pixel art picture, pixel art style, piece of pixel art, 8 bit, 8bit, coarse pixels, chunky
+pixel: blocky, retro graphics, low resolution pixels, pixel graphics, pixel art, pixel, pixels, pixelated, pixellated, pixel art picture, pixel art
+    style, piece of pixel art, 8 bit, 8bit, coarse pixels, chunky
     pixels, big pixels, large pixels, visible pixels, 16 bit, 16bit, pixelart, blocky pixels, retro game, video game, pixel style, pixel drawing,
     pixel picture, pixel image, retro video game
 watercolour: watercolour, watercolor, water colour, water color, watercolours, watercolors, aquarelle, watercolour painting, watercolor painting,
@@ -265,7 +275,8 @@ treetop canopy needles crust dial numbers core sides edge edges border outline l
 bellied sailed winged headed shelled lidded rimmed pedals handlebars band letters lettering text writing horizon sky skies sun sunshine cloud clouds ground
 floor water rest everything air steam smoke tiles tile shelf curtain curtains heart hearts mast masts bows collars lining rock rocks stone stones bush bushes
 earth planet planets satellite skyline tower blocks blocks flakes skirting lamp post fence path dashes people person nobody bands button""".split()
-_FILLER = set("""graphics chunky grainy engraving engraved etched noisy missing somebody taken up everywhere watches watching landed yes long short morning afternoon daybreak dawn today wears gets getting got keeps turned turning made makes making
+_FILLER = set("""scratchy brush strokes watery wash slope plain arranged shopping sloping comic graphics chunky grainy engraving engraved etched noisy missing somebody taken
+up everywhere watches watching landed yes long short morning afternoon daybreak dawn today wears gets getting got keeps turned turning made makes making
 left-facing stretched waving comfortably calm tightly fairly extremely incredibly super slight slightly mostly partially half whole halfway across opposite
 towards apart away further closer nearer nearby a an the and with is are of it its there this that in on at to by as be we see seen here i want please show me
 put picture drawing shows shown showing show depicts depicting depicted photo image set takes take place placed located positioned standing sitting lying
@@ -302,10 +313,12 @@ part: outlined in, the moon is, the moon shines, the moon rises, the moon hangs,
     and,
     under the moon
 in order: left to right, from left to right
+in reverse: right to left, from right to left
 says: says, saying, reads, reading, that says, that reads, labelled, labeled, word, the word, written, lettered, spelling, marked, say, read, spells,
     inscription
 not: without any, instead of, rather than, no other, free of, devoid of, apart from, far from, neither of, can not, other than
-nothing: middle sized, mid sized, taken up by, filled by, occupied by, followed by, surrounded by, lit by, made by, seen by, drawn by, painted by, covered by, hidden by,
+nothing: middle sized, mid sized, taken up by, filled by, occupied by, followed by, surrounded by, lit by, made by, seen by, drawn by, painted by,
+    covered by, hidden by,
     cut off by, framed by, step by step, one by one, little by little, side by, all of this, all around, all over, in the style of, a lot of, lots of,
     plenty of, a bit of, a little bit, at the top, at the bottom, on the
     ground, on the floor, in the air, in the sky, at the back, at the front, in the background, in the foreground, in the distance, in the picture, in
@@ -434,6 +447,7 @@ def _is_side_of(tokens, i):
     if tokens[i:i+1] != [("prep", "of")]: return False, i
     for j in range(i + 1, len(tokens)):
         kind = tokens[j][0]
+        if kind == "place" and tokens[j+1:j+2] and tokens[j+1][0] in _NAMES: continue
         if kind in _NAMES or kind in ("it", "part", "unread"): return True, i + 1
         if kind in ("side", "position"): return None, j + 1
         if kind not in _LOOKS and kind not in ("det", None): break
@@ -630,7 +644,7 @@ def _name(s, i, kind, noun, looks, det):
     else: s.cluster = [*s.subject, noun]
     s.whole = s.whole or s.there or bool(s.fronted)
     s.tell(noun, [("position", p) for p in s.fronted])
-    if s.order: s.relate(s.order[-1], "left of", noun); s.order.append(noun)
+    if s.order: s.relate(*s.order, noun); s.order = noun, s.order[1]
     s.last, s.topic, s.strange, s.alone, s.link, s.having, s.fronted = noun, None, False, False, "noun", False, []
 
 @_rule("looks")
@@ -786,8 +800,8 @@ def _bracket(s, *item): s.topic, s.relation, s.strange = s.seen[-1:] or None, No
 def _there(s, *item):
     s.there, s.verb = True, s.verb or bool(s.subject)
 
-@_rule("in order")
-def _in_order(s, *item): s.order = None if s.subject else [None]
+@_rule("in order", "in reverse")
+def _in_order(s, i, kind, *rest): s.order = None if s.subject else (None, "left of" if kind == "in order" else "right of")
 
 @_rule("whose")
 def _whose(s, *item):

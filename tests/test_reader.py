@@ -298,6 +298,10 @@ SENTENCES = [
     ("a house-shaped box", "box"),
     ("a child's drawing of a ladybird: red, dotted", "ladybird red dotted", "skip"),
     ("a red bus full of nothing", "bus red"),
+    ("From right to left: a cup, a dog", "cup; dog; dog left of cup"),
+    ("a chair at the left of the kitchen table", "chair; table; chair left of table"),
+    ("a cat on the left behind a tree", "cat left; tree; cat behind tree"),
+    ("Tulip and umbrella side by side, the tulip pink, the umbrella grey with dots", "tulip pink; umbrella grey dotted; tulip next to umbrella"),
     # lists, telegrams and noise
     ("a dog, a cat and two balls", "dog; cat; ball 2"),
     ("dog, cat, red ball", "dog; cat; ball red"),
