@@ -178,19 +178,16 @@ meadow: grass, green grass, grassland, grassland meadow, pasture, lawn, field, g
     fields, flower meadow, countryside
 beach: seaside, seashore, shore, shoreline, coast, sandy beach, sandy shore, sea shore, seafront, sandy coast, beachfront
 street: road, highway, motorway, lane, alley, village street, suburb, crossroads, roundabout, city, town, pavement, sidewalk, roadside, city street,
-    city road, city centre, city center, town centre, high street, avenue, urban
-    street, streets, downtown, roadway
+    city road, city centre, city center, town centre, high street, avenue, urban street, streets, downtown, roadway
 room: indoors, nursery, apartment, house interior, inside a house, inside the house, indoor, living room, livingroom, bedroom, lounge, sitting room,
-    parlour, inside a room, interior,
-    indoor room, playroom
+    parlour, inside a room, interior, indoor room, playroom
 snow: snowy landscape, snowy ground, snow field, snowfield, winter landscape, wintry landscape, winter, snow covered ground, snowy field, snowy scene,
     snowscape, winter wonderland, snowy hill, snowy hills, wintery landscape, snow covered field, snowy meadow
 desert: sahara, sand dunes, sand dune, dunes, dune, desert sand, desert landscape, sandy desert, deserts
 forest: woods, glade, a wood, the wood, pine forest, fir forest, woodland, forests, woodlands, forest clearing, jungle, wooded area
 mountains: mountain, mountain valley, summit, summits, mountain pass, mountain ridge, peaks, peak, snow topped mountains, snow topped peaks, snow
-    capped peaks, snowy mountain, snow covered
-    mountains, snow topped, snow capped, rocky mountains, mountainside, mountain range, alps, mountain landscape, mountain tops, mountaintops,
-    highlands, snowy mountains, snow capped mountains, snowy peaks, mountain top, alpine landscape
+    capped peaks, snowy mountain, snow covered mountains, snow topped, snow capped, rocky mountains, mountainside, mountain range, alps, mountain
+    landscape, mountain tops, mountaintops, highlands, snowy mountains, snow capped mountains, snowy peaks, mountain top, alpine landscape
 kitchen: kitchens, cooking room, kitchen counter, kitchen floor, kitchen worktop
 moon: lunar surface, lunar landscape, moons surface, moon surface, surface of the moon, moonscape, lunar ground
 """)
@@ -214,8 +211,7 @@ sunset: sunset, dusk, evening, evening sky, sundown, sun is setting, setting sun
     evening light, orange sky, golden hour, red sky, pink sky, sun sets, evening glow, sun setting, sun must be setting, setting of the sun, evening
     time, low sun
 rain: rain, showers, heavy rain, raining, rainy, rains, drizzle, rain shower, downpour, rainfall, pouring, wet weather, raindrops, pours, pours down,
-    pouring down,
-    drizzling, drizzly, rainstorm, pouring rain, rain clouds, shower of rain
+    pouring down, drizzling, drizzly, rainstorm, pouring rain, rain clouds, shower of rain
 fog: fog, foggy, mist, misty, haze, hazy, in the mist, fogged, thick fog, foggy weather
 """)
 _STYLES = _table("""
@@ -225,14 +221,12 @@ outline: outline drawing, line drawing, line art, outlined, outlines, outline st
     contours, contour, black lines, heavy lines, heavy black lines, thick lines, thick black lines, bold lines, bold black lines, uncoloured drawing,
     outline picture, outline art, outline sketch
 pencil: graphite, graphite drawing, pencil hatching, pencil drawing, pencil sketch, pencil, sketch, sketched, crayon, crayons, crayon drawing,
-    coloured pencil, colored pencil, coloured pencils,
-    colored pencils, coloured pencil drawing, colored pencil drawing, pencils, sketchy, pencilled, hand sketched, pencil style, pencil sketch style,
-    penciled, hatched drawing, sketching, hatching, hatched, hatching lines, hatched lines, hatch lines, cross hatched, cross hatching, pencil
-    strokes, pencil lines
+    coloured pencil, colored pencil, coloured pencils, colored pencils, coloured pencil drawing, colored pencil drawing, pencils, sketchy, pencilled,
+    hand sketched, pencil style, pencil sketch style, penciled, hatched drawing, sketching, hatching, hatched, hatching lines, hatched lines, hatch
+    lines, cross hatched, cross hatching, pencil strokes, pencil lines
 pixel: blocky, retro graphics, low resolution pixels, pixel graphics, pixel art, pixel, pixels, pixelated, pixellated, pixel art picture, pixel art
-    style, piece of pixel art, 8 bit, 8bit, coarse pixels, chunky
-    pixels, big pixels, large pixels, visible pixels, 16 bit, 16bit, pixelart, blocky pixels, retro game, video game, pixel style, pixel drawing,
-    pixel picture, pixel image, retro video game
+    style, piece of pixel art, 8 bit, 8bit, coarse pixels, chunky pixels, big pixels, large pixels, visible pixels, 16 bit, 16bit, pixelart, blocky
+    pixels, retro game, video game, pixel style, pixel drawing, pixel picture, pixel image, retro video game
 watercolour: watercolour, watercolor, water colour, water color, watercolours, watercolors, aquarelle, watercolour painting, watercolor painting,
     watercolour picture, watercolour style, watercolor style, water colours, water colors, watercolored, watercoloured
 """)
@@ -254,51 +248,53 @@ next to: next to, beside, near, by, close to, alongside, adjacent to, right next
     to, side by side with
 between: between, in between, among, amongst
 """)
-_VERBS = set("""is are was were am s be being stands stand stood sits sit sat lies lie rests rest hovers hover floats float flies fly hangs hang appears appear goes go stays
-stay grows grow looks look seems seem sleeps sleep waits wait walks walk runs run swims swim parks should must occupies occupy drifts drift rises rise perches
-perch can will leans lean drives drive towers belongs belong remains remain would may might could""".split())
+_VERBS = set("""is are was were am s be being stands stand stood sits sit sat lies lie rests rest hovers hover floats float flies fly hangs hang appears appear goes
+go stays stay grows grow looks look seems seem sleeps sleep waits wait walks walk runs run swims swim parks should must occupies occupy drifts drift
+rises rise perches perch can will leans lean drives drive towers belongs belong remains remain would may might could""".split())
 _WITH = set("with has have having wears wearing had featuring features plus including includes bearing bears sporting".split())
 _JOINS = set("and & + while whereas then also as though although but or nor yet plus /".split())
 _NOT = set("no not without never neither nor lacks lacking cannot except minus nobody none isn aren doesn wasn excluding nowhere".split())
 _IT = set("it them him her he she they itself".split())
-_DETERMINERS = set("a an the this these those some several each every another its their his my our your many few various any more one whose lots multiple numerous other".split())
+_DETERMINERS = set("""a an the this these those some several each every another its their his my our your many few various any more one whose lots multiple numerous other""".split())
 _OF = set("of at from to for toward towards through across along against beyond past about off out around round".split())
 _FRAMES = set("""picture image photo photograph scene frame drawing painting illustration view canvas background foreground art artwork shot composition page screen pic
 backdrop setting landscape scenery portrait cartoon clipart snapshot style look print render rendering graphic panel horizon""".split())
-_VAGUE = set("animal animals thing things object objects creature creatures item items pet pets plant plants ones figure figures shape shapes someone something character".split())
-_PARTS = """window windows door doors doorway roof roofs roofed chimney leaf leaves stem stems stalk wheel wheels tyre tyres tire tires eye eyes eyed belly ear ears tail
-tails beak beaks bill petal petals trunk trunks crown handle handles wing wings leg legs foot feet head nose mouth neck sail sails mast hull flag flags rim
-lid lampshade shade base pole post arm arms face hand hands fin fins scarf buttons button strap ribbon bow string strings blade blades ladders rungs rung
-headlight headlights lights pages cover spine bumper saddle seat seats paw paws snout whiskers collar teeth horn horns antenna antennae antennas mane hoof
-hooves tusk tusks shell cap capped bonnet gate turret turrets tower towers battlements wall walls flame flames porthole nozzle tip branch branches foliage
-treetop canopy needles crust dial numbers core sides edge edges border outline lines line frame frames wheeled eared legged handled petalled beaked tailed
-bellied sailed winged headed shelled lidded rimmed pedals handlebars band letters lettering text writing horizon sky skies sun sunshine cloud clouds ground
-floor water rest everything air steam smoke tiles tile shelf curtain curtains heart hearts mast masts bows collars lining rock rocks stone stones bush bushes
-earth planet planets satellite skyline tower blocks blocks flakes skirting lamp post fence path dashes people person nobody bands button""".split()
-_FILLER = set("""scratchy brush strokes watery wash slope plain arranged shopping sloping comic graphics chunky grainy engraving engraved etched noisy missing somebody taken
-up everywhere watches watching landed yes long short morning afternoon daybreak dawn today wears gets getting got keeps turned turning made makes making
-left-facing stretched waving comfortably calm tightly fairly extremely incredibly super slight slightly mostly partially half whole halfway across opposite
-towards apart away further closer nearer nearby a an the and with is are of it its there this that in on at to by as be we see seen here i want please show me
-put picture drawing shows shown showing show depicts depicting depicted photo image set takes take place placed located positioned standing sitting lying
-resting perched hovering floating flying hanging growing parked swimming walking running sleeping looking facing located stand all around one first other nice
-light cute for who which where whose while so very quite just rather really almost slightly bright dark pale deep vivid soft lovely pretty beautiful happy
-funny cheerful simple plain solid single lone alone only solitary together too well still now shiny wooden metal old new young friendly round coloured colored
-color colour coloring colouring hued tone toned patterned pattern patterns covered wearing decorated shaded painted drawn done made illustrated rendered style
-styled create make draw paint give need would like i'd id can could have keep let let's us my you your if up down do side sand sandy asphalt does did doing
-because think maybe perhaps something way elsewhere come comes lined directly hidden hardly any darker paler lighter thick thin faint faded blurred blurry
-washed ragged wavy fine coarse muted loose pastel pure lit oval framed smooth upright grouped close overlapping overlap curled shining shines shine popped
-rising steaming covering popping peeks peeps hides huddle crawls crawling buzzes buzzing grazes graze grazing graze waddles strong bad heavy otherwise weather
-what when how who's total altogether everything anything nothing otherwise else empty big bigger larger smaller largest smallest biggest taller shorter than
-same size sized medium average normal regular usual clear sunny day daytime daylight cloudy wall distance distant scenery landscape view corner corners upper
-lower top bottom area part front back outdoors outside outdoor air water surface wide open quiet calm peaceful half far near partly visible both each every
-some several many few various any more much lots lot group bunch row line collection couple kind type sort piece bit few of something someone somewhere also
-plus then again even get got has have having had must should may might will shall was were been being he she they them his her their our these those not no
-into onto from out off over through along across toward towards next mid amid set against within mainly mostly entirely completely fully overall photograph
-pictured colourful colorful multicoloured multicolored multicolour rainbow scene title during weather pics time caption text full crescent thick dense deep
-heavy lightly gentle vast high low warm cool cold hot dry wet early late ca s t d ll re ve m one's happens happening hangs falls falling fallen has comes
-coming filled fills full carefully neatly proudly quietly gently calmly happily appears appearing look looks seems seem contrast contrasting complete entire
-whole good fine neat classic typical traditional vintage modern art artistic artwork digital flat vector minimal minimalist childlike childish children
-child's kids hand made homemade cartoon cartoonish""".split())
+_VAGUE = set("""animal animals thing things object objects creature creatures item items pet pets plant plants ones figure figures shape shapes someone something
+character""".split())
+_PARTS = """window windows door doors doorway roof roofs roofed chimney leaf leaves stem stems stalk wheel wheels tyre tyres tire tires eye eyes eyed belly ear
+ears tail tails beak beaks bill petal petals trunk trunks crown handle handles wing wings leg legs foot feet head nose mouth neck sail sails mast hull
+flag flags rim lid lampshade shade base pole post arm arms face hand hands fin fins scarf buttons button strap ribbon bow string strings blade blades
+ladders rungs rung headlight headlights lights pages cover spine bumper saddle seat seats paw paws snout whiskers collar teeth horn horns antenna
+antennae antennas mane hoof hooves tusk tusks shell cap capped bonnet gate turret turrets tower towers battlements wall walls flame flames porthole
+nozzle tip branch branches foliage treetop canopy needles crust dial numbers core sides edge edges border outline lines line frame frames wheeled
+eared legged handled petalled beaked tailed bellied sailed winged headed shelled lidded rimmed pedals handlebars band letters lettering text writing
+horizon sky skies sun sunshine cloud clouds ground floor water rest everything air steam smoke tiles tile shelf curtain curtains heart hearts masts
+bows collars lining rock rocks stone stones bush bushes earth planet planets satellite skyline blocks flakes skirting lamp fence path dashes people
+person nobody bands""".split()
+_FILLER = set("""texture dominated upside scratchy brush strokes watery wash slope plain arranged shopping sloping comic graphics chunky grainy engraving engraved
+etched noisy missing somebody taken up everywhere watches watching landed yes long short morning afternoon daybreak dawn today wears gets getting got
+keeps turned turning made makes making left-facing stretched waving comfortably calm tightly fairly extremely incredibly super slight slightly mostly
+partially half whole halfway across opposite towards apart away further closer nearer nearby a an the and with is are of it its there this that in on
+at to by as be we see seen here i want please show me put picture drawing shows shown showing depicts depicting depicted photo image set takes take
+place placed located positioned standing sitting lying resting perched hovering floating flying hanging growing parked swimming walking running
+sleeping looking facing stand all around one first other nice light cute for who which where whose while so very quite just rather really almost
+bright dark pale deep vivid soft lovely pretty beautiful happy funny cheerful simple solid single lone alone only solitary together too well still now
+shiny wooden metal old new young friendly round coloured colored color colour coloring colouring hued tone toned patterned pattern patterns covered
+wearing decorated shaded painted drawn done illustrated rendered style styled create make draw paint give need would like i'd id can could have keep
+let let's us my you your if down do side sand sandy asphalt does did doing because think maybe perhaps something way elsewhere come comes lined
+directly hidden hardly any darker paler lighter thick thin faint faded blurred blurry washed ragged wavy fine coarse muted loose pastel pure lit oval
+framed smooth upright grouped close overlapping overlap curled shining shines shine popped rising steaming covering popping peeks peeps hides huddle
+crawls crawling buzzes buzzing grazes graze grazing waddles strong bad heavy otherwise weather what when how who's total altogether everything
+anything nothing else empty big bigger larger smaller largest smallest biggest taller shorter than same size sized medium average normal regular usual
+clear sunny day daytime daylight cloudy wall distance distant scenery landscape view corner corners upper lower top bottom area part front back
+outdoors outside outdoor air water surface wide open quiet peaceful far near partly visible both each every some several many few various more much
+lots lot group bunch row line collection couple kind type sort piece bit someone somewhere also plus then again even get has having had must should
+may might will shall was were been being he she they them his her their our these those not no into onto from out off over through along toward next
+mid amid against within mainly entirely completely fully overall photograph pictured colourful colorful multicoloured multicolored multicolour rainbow
+scene title during pics time caption text full crescent dense lightly gentle vast high low warm cool cold hot dry wet early late ca s t d ll re ve m
+one's happens happening hangs falls falling fallen coming filled fills carefully neatly proudly quietly gently calmly happily appears appearing look
+looks seems seem contrast contrasting complete entire good neat classic typical traditional vintage modern art artistic artwork digital flat vector
+minimal minimalist childlike childish children child's kids hand homemade cartoon cartoonish""".split())
 _SHAPED = "shaped coloured colored themed sized like".split()
 _BODY = "coat skin body plumage".split()
 _PHRASES = _table("""
@@ -310,17 +306,15 @@ each: each other, one another
 both: both, both of them, all, all of it, all of them, they are both, each of them, the two of them, all three
 other: other one, the other, the other one
 part: outlined in, the moon is, the moon shines, the moon rises, the moon hangs, the moon up, the moon in, the moon over, the moon above, the moon
-    and,
-    under the moon
+    and, under the moon
 in order: left to right, from left to right
 in reverse: right to left, from right to left
 says: says, saying, reads, reading, that says, that reads, labelled, labeled, word, the word, written, lettered, spelling, marked, say, read, spells,
     inscription
 not: without any, instead of, rather than, no other, free of, devoid of, apart from, far from, neither of, can not, other than
-nothing: middle sized, mid sized, taken up by, filled by, occupied by, followed by, surrounded by, lit by, made by, seen by, drawn by, painted by,
-    covered by, hidden by,
-    cut off by, framed by, step by step, one by one, little by little, side by, all of this, all around, all over, in the style of, a lot of, lots of,
-    plenty of, a bit of, a little bit, at the top, at the bottom, on the
+nothing: middle sized, cats and dogs, as tall as, as wide as, as high as, mid sized, taken up by, filled by, occupied by, followed by, surrounded by,
+    lit by, made by, seen by, drawn by, painted by, covered by, hidden by, cut off by, framed by, step by step, one by one, little by little, side by,
+    all of this, all around, all over, in the style of, a lot of, lots of, plenty of, a bit of, a little bit, at the top, at the bottom, on the
     ground, on the floor, in the air, in the sky, at the back, at the front, in the background, in the foreground, in the distance, in the picture, in
     the image, in this picture, in the photo, in the scene, in this image, in this scene, not only, nothing but, facing left, facing right, facing the
     left, facing the right, facing to the left, facing to the right, looking left, looking right, looking to the left, looking to the right, turned
@@ -330,9 +324,9 @@ nothing: middle sized, mid sized, taken up by, filled by, occupied by, followed 
     mountain, toy like, a little in, a little further, a bit of the, pair of eyes, white clouds, white cloud, bright sun, yellow sun, nothing else, no
     one, no background, a little to, bigger than, larger than, smaller than, taller than, as big as, as large as, as small as, same size as, twice the
     size of, right there, right here, as well as, as well, piece of, pieces of, group of, bunch of, row of, set of, kinds of, types of, part of, parts
-    of, side of, next scene, front of, one of, some of, in a row, in a line, in the open, for me, of course, light and, not far from, light blue sky,
-    clear sky, grey sky, dark grey sky, white background, plain background, blue water, on fire, i would like, i want, can i have, could you, in
-    flight, mid air, in mid air, at rest, hill in the background
+    of, side of, next scene, front of, one of, some of, in a row, in a line, for me, of course, light and, not far from, light blue sky, clear sky,
+    grey sky, dark grey sky, white background, plain background, blue water, on fire, i would like, i want, can i have, could you, in flight, mid air,
+    in mid air, at rest, hill in the background
 """)
 
 # %% ../nbs/03b_reader.ipynb #0e891a9b
@@ -367,6 +361,7 @@ def _side_words():
             found[" ".join(filter(None, (*pre, w, tail)))] = ("side" if alone else "position", side)
     for at, its, side, tail in itertools.product(("on", "to", "at"), ("its", "their", "his", "her"), ("left", "right"), ("", " side")):
         found[f"{at} {its} {side}{tail}"] = ("its side", f"{side} of")
+    for at, its in itertools.product(("at", "by"), ("its", "their", "his", "her")): found[f"{at} {its} side"] = ("its side", "next to")
     return found
 
 # %% ../nbs/03b_reader.ipynb #3be0000e
@@ -374,7 +369,8 @@ def _side_words():
 def _lexicon():
     "All phrases and what they mean, as a tree of words; the meaning of a phrase stands under \"\"."
     lex = {w: (None, None) for w in _FILLER}
-    small = {"det": _DETERMINERS, "prep": _OF, "with": _WITH, "join": _JOINS, "not": _NOT, "it": _IT, "is": _VERBS, "frame": _FRAMES, "vague": _VAGUE, "part": _PARTS, "body": _BODY, "shaped": _SHAPED}
+    small = {"det": _DETERMINERS, "prep": _OF, "with": _WITH, "join": _JOINS, "not": _NOT, "it": _IT, "is": _VERBS,
+             "frame": _FRAMES, "vague": _VAGUE, "part": _PARTS, "body": _BODY, "shaped": _SHAPED}
     for kind, words in small.items(): lex |= {w: (kind, w) for w in words}
     lex |= {w: ("unread", None) for c in _COMPOUNDS for w in (c, _plurals(c))}
     tables = {"weak": (_WEAK_PLACES,), "place": (_PLACES, PLACE_NAMES, {p: [p] for p in PLACES}), "in place": (PLACE_WORDS,),
@@ -460,7 +456,9 @@ class _Phrases:
     def add(self, kind, value=None, looks=(), det=""):
         "The phrase ends what waits. A black and white thing is black."
         colours = [x for x in looks if x[0] == "colour"] if kind != "pattern" else []
-        if len(colours) > 1: looks = [x for x in looks if x not in colours[1:]]
+        if len(colours) > 1:
+            own = colours[-1] if [k for k, _ in looks if k in ("colour", "texture")] == ["colour", "texture", "colour"] else colours[0]   # green-spotted yellow
+            looks = [x for x in looks if x[0] != "colour" or x == own]
         self.items.append((kind, value, looks, det))
         self.run, self.det, self.strange = [], "", False
 
@@ -532,10 +530,12 @@ class _Story:
         "A new sentence."
         self.before = [n for n in self.subject if n] or self.before
         self.subject, self.last = [], None      # last: the thing named last
-        self.relation = self.held = None        # (word, guests) waits for its host; (word, host) for its guest
-        self.also, self.its, self.order, self.there, self.fronted, self.topic = None, None, None, False, [], None     # positions that wait for their thing; what "both" or "which" points at
-        self.verb = self.whole = self.denied = self.strange = self.having = False   # whole: the clause about the subject is complete
-        self.link, self.alone = "stop", True    # what came before; no thing yet in this part of the sentence
+        self.relation = self.held = self.also = None    # (word, guests) waits for its host; (word, host) for its guest; one more word
+        self.topic = self.its = self.order = None       # what "both" points at, what "it" did, what "left to right" has reached
+        self.fronted = []                               # positions that wait for their thing
+        self.verb = self.whole = self.there = False     # has the clause a verb, is it complete, did it begin with "there is"
+        self.denied = self.strange = self.having = self.framed = False    # is the talk of what is not there, of a stranger, of parts, of the picture
+        self.link, self.alone = "stop", True            # what came before; no thing yet in this part of the sentence
 
     def comes(self, i, kinds, until=("stop", ",", "join")):
         "Is one of these kinds among the next items, before those?"
@@ -564,6 +564,7 @@ class _Story:
 
 def _pass(*item): pass
 
+_END = ("stop", ".", (), "")
 _ITS = ("its", "their")
 _OPPOSITE = {**INVERSE, **{b: a for a, b in INVERSE.items()}}
 _RULES = {}
@@ -618,6 +619,7 @@ def _name(s, i, kind, noun, looks, det):
     if s.denied:                                                 # a denial covers what follows its thing, but "a cat without a hat on the left"
         s.relation, s.link, s.denied = None, "denied", s.denied != "without"
         return
+    if s.framed: s.subject, s.relation, s.framed = [], None, False                     # the picture shows ...
     before = s.items[i-2:i]
     if not looks and not det and [x[0] for x in before] == ["noun", "join"] and before[1][1] == "and" and before[0][3]:   # "a red ball and cup"
         looks = [x for x in before[0][2] if x[0] not in ("count", "position", "word")]
@@ -650,9 +652,14 @@ def _name(s, i, kind, noun, looks, det):
 @_rule("looks")
 def _look(s, i, kind, strange, looks, det):
     "Looks without a noun: \"the ball is red\"."
-    if s.relation and s.relation[1] is not None: s.relation = None
-    if s.denied or s.strange or s.link == "with" or (strange or det) and s.link != "is": return
-    for n in s.about(): s.tell(n, [(k, v) for k, v in looks if k != "count"])
+    within, s.relation = s.relation, None
+    if s.link == "with": looks = [x for x in looks if x[0] == "texture"]                  # with a furry surface; dotted with red
+    elif (strange or det) and s.link != "is" and not s.topic: return
+    if s.denied or s.strange: return
+    alone = s.link == "stop" and s.items[i+1:i+2] in ([], [_END])                        # a cat. Green.
+    for n in s.about() or (s.before if alone else ()):
+        dressed = within and any(f[:2] == ("colour", n) for f in s.facts)                 # yellow, dotted in green
+        s.tell(n, [(k, v) for k, v in looks if k != "count" and not (dressed and k == "colour")])
 
 @_rule("body", "count of")
 def _body(s, i, kind, value, looks, det):
@@ -661,7 +668,7 @@ def _body(s, i, kind, value, looks, det):
 @_rule("pattern")
 def _pattern(s, i, kind, texture, looks, det):
     "\"With stripes\" is a texture; the colour of stripes is not that of the thing, but purple and white stripes make it purple."
-    s.relation = None
+    s.relation, s.link = None, "noun"
     if s.denied or s.strange or [x[0] for x in s.items[i+1:i+3]] == ["relation", "part"]: return
     colours = [x for x in looks if x[0] == "colour"]
     for n in s.about():
@@ -712,7 +719,8 @@ def _it(s, i, kind, word, looks, det):
         s.last = s.its = s.its or ([n for n in s.subject if n] or s.before or [None])[-1]
         s.held, s.alone = (word, s.last), False
         return
-    if s.link == "with" or s.items[i-2][0] in ("word", "says", "pattern", "part", "strange") and set(guests) & {*s.subject, None}: return   # "with OPEN on it"
+    before = s.items[i-2][0]
+    if s.link == "with" or set(guests) & {*s.subject, None} and before in (("part", "strange", "word", "says", "pattern") if word == "on" else ("part", "strange")): return   # "with OPEN on it"
     host = next((n for n in [*s.subject[::-1], *s.before, *s.seen[::-1]] if n and n not in guests), None)
     for g in guests: s.relate(g, word, host)
     s.cluster, s.last = [*guests, host], host
@@ -768,7 +776,7 @@ def _part(s, i, kind, after, looks, det):
     if det == "whose": s.topic, s.link, s.relation = [None], "which", None; return               # whose roof is red
     if s.relation and det in _ITS: _it(s, i, "it", "it", (), ""); return              # in front of its foot
     free = not (s.relation or s.link in ("prep", "with") or s.having and det not in (*_ITS, "the") or s.denied)
-    if free and (after == "is" or not (s.subject or s.held or s.fronted)): _unknown(s)
+    if free and (after == "is" or not (s.subject or s.held or s.fronted)): _unknown(s); s.framed = kind == "frame"
     s.relation = None
     if kind != "frame": s.strange, s.alone = True, False
     elif s.subject == [None] and after != "is": s.subject, s.strange = [], False                        # a child's drawing of

@@ -302,6 +302,13 @@ SENTENCES = [
     ("a chair at the left of the kitchen table", "chair; table; chair left of table"),
     ("a cat on the left behind a tree", "cat left; tree; cat behind tree"),
     ("Tulip and umbrella side by side, the tulip pink, the umbrella grey with dots", "tulip pink; umbrella grey dotted; tulip next to umbrella"),
+    ("A cat. Green. Furry.", "cat green furry"),
+    ("A green-spotted yellow umbrella", "umbrella yellow dotted"),
+    ("a yellow umbrella dotted in green, a kite dotted with red", "umbrella yellow dotted; kite dotted"),
+    ("a bucket with a furry texture", "bucket furry"),
+    ("A brown dog, a bowl with dots at its side.", "dog brown; bowl dotted; bowl next to dog"),
+    ("The picture is dominated by a huge pear, green, on the right.", "pear large green right"),
+    ("It is raining cats and dogs.", "rain"),
     # lists, telegrams and noise
     ("a dog, a cat and two balls", "dog; cat; ball 2"),
     ("dog, cat, red ball", "dog; cat; ball red"),
