@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'CAPTION_SCHEMA', 'METADATA_NAMES', 'WRITERS', 'SHARD_SCHEMA', 'TRUTH_SCHEMA', 'plain_text',
            'index_tar', 'Source', 'Sample', 'Fault', 'write_caption_table', 'caption_note', 'Corpus', 'TarCorpus',
-           'is_image_name', 'tar_text', 'tar_sources', 'metadata_rows', 'read_metadata', 'one_line', 'read_sidecar',
-           'begins_like_an_image', 'list_folder', 'folder_texts', 'misnamed', 'FolderCorpus', 'CorpusConfig',
-           'world_scene', 'world_sample', 'pack_tar', 'pack_parquet', 'world_shard', 'world_version', 'world_state',
-           'settle', 'draw_part', 'start_part', 'draw_shards', 'make_world', 'toy_corpus', 'open_corpus']
+           'is_image_name', 'tar_sources', 'read_metadata', 'one_line', 'read_sidecar', 'list_folder', 'folder_texts',
+           'FolderCorpus', 'CorpusConfig', 'world_scene', 'world_sample', 'pack_tar', 'pack_parquet', 'world_shard',
+           'world_version', 'world_state', 'settle', 'draw_part', 'start_part', 'draw_shards', 'make_world',
+           'toy_corpus', 'open_corpus']
 
 # %% ../nbs/04_corpus.ipynb #37bcc607
 import csv, hashlib, inspect, io, json, os, re, shutil, subprocess, sys, tarfile, tempfile
@@ -283,7 +283,7 @@ def stats(self:TarCorpus, shard:str) -> dict:
 # %% ../nbs/04_corpus.ipynb #cf6138f7
 def is_image_name(name:str) -> bool: return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
-def tar_text(
+def _tar_text(
     file,       # the tar, open
     parts:dict, # suffix -> (offset, bytes) of one sample
 ) -> str:       # "" if there is none
@@ -309,7 +309,7 @@ def tar_sources(
             images = [s for s in parts if s.rpartition(".")[2] in IMAGE_SUFFIXES]
             if not images: corpus.fault(shard, key, "no image in the sample", ", ".join(parts)); continue
             if len(images) > 1: corpus.warn(f"{shard}: {key} has {len(images)} images; the first is used")
-            found.append(Source(key, path, *parts[images[0]], texts[key] if key in texts else tar_text(file, parts)))
+            found.append(Source(key, path, *parts[images[0]], texts[key] if key in texts else _tar_text(file, parts)))
     for p in problems:
         corpus.warn(f"{shard}: {p}; {len(found)} samples are whole")
         if "twice" not in p: corpus.fault(shard, "", "damaged tar", p)
@@ -318,7 +318,7 @@ def tar_sources(
     return found
 
 # %% ../nbs/04_corpus.ipynb #1e7d7e8e
-def metadata_rows(
+def _metadata_rows(
     path:Path,    # metadata.jsonl, .csv or .parquet
 ) -> Iterator[dict]:
     "The rows of an imagefolder's metadata file, one by one."
@@ -341,7 +341,7 @@ def read_metadata(
             at = columns.setdefault(next(s for s in free if columns.get(s, {}).get(name, text) in ("", text)), {})
             at[name] = text
     try:
-        for row in metadata_rows(path):
+        for row in _metadata_rows(path):
             name = os.path.normpath(str(row.pop("file_name")))
             main = main or next((c for c in ("text", "caption", "prompt") if c in row), None) or next((c for c, v in row.items() if isinstance(v, str)), None)
             put("alt", name, row.pop(main, None) or "")
@@ -362,7 +362,7 @@ def read_sidecar(path:Path) -> str:
     return one_line(path.read_text(encoding="utf-8-sig", errors="replace"))
 
 # %% ../nbs/04_corpus.ipynb #21832464
-def begins_like_an_image(path:Path) -> bool:
+def _begins_like_an_image(path:Path) -> bool:
     "JPEG, PNG, GIF, WebP or TIFF, by the first bytes."
     try:
         with open(path, "rb") as f: head = f.read(12)
@@ -379,7 +379,7 @@ def list_folder(
         above = Path(folder).relative_to(root).as_posix() + "/" if folder != str(root) else ""
         for name in names:
             if name.startswith("."): continue
-            picture = is_image_name(name) or (name.rpartition(".")[2].lower() not in known and begins_like_an_image(Path(folder, name)))
+            picture = is_image_name(name) or (name.rpartition(".")[2].lower() not in known and _begins_like_an_image(Path(folder, name)))
             (images if picture else others).append(above + name)
     return sorted(images), sorted(others)
 
@@ -392,7 +392,7 @@ def folder_texts(
 ) -> tuple[str, dict, dict]: # kind; column -> {relative path: text}; image's path without suffix -> path of its text file
     "Find the texts that belong to the images of a folder, and by which convention."
     tables = [p for p in others if os.path.basename(p) in METADATA_NAMES]
-    for p in misnamed(others): warn(f"{p} is not read; the name must be {', '.join(METADATA_NAMES)}")
+    for p in _misnamed(others): warn(f"{p} is not read; the name must be {', '.join(METADATA_NAMES)}")
     columns, names = {"alt": {}}, set(images)
     for p in tables:
         for style, texts in read_metadata(root/p).items():
@@ -406,7 +406,7 @@ def folder_texts(
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
-def misnamed(others:list) -> list: # of the other files
+def _misnamed(others:list) -> list: # of the other files
     "Files that were meant to hold the captions and are read by nobody."
     return [p for p in others if os.path.splitext(os.path.basename(p))[0].lower() == "metadata" and os.path.basename(p) not in METADATA_NAMES]
 
@@ -423,7 +423,7 @@ class FolderCorpus(Corpus):
             self._beside = {self.path.stem: side.name} if side.exists() else {}
         else:
             self._names, others = list_folder(self.root)
-            self.misnamed = misnamed(others)
+            self.misnamed = _misnamed(others)
             self.kind, self._columns, self._beside = folder_texts(self.root, self._names, others, self.warn)
         if not self._names: raise RecapError(f"{path}: no images; expected .tar shards, or files such as .jpg and .png")
         self._per, self.size = shard_size, len(self._names)

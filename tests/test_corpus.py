@@ -1,5 +1,5 @@
 "What 04_corpus cannot show on a page: real files, damaged files, processes."
-import hashlib, io, json, os, subprocess, sys, tarfile, time
+import hashlib, io, json, os, shutil, subprocess, sys, tarfile, time
 from pathlib import Path
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
@@ -9,6 +9,7 @@ from recap.core import RecapError, project_root
 from recap.corpus import CorpusConfig, index_tar, make_world, open_corpus, write_caption_table
 from recap.formats import inspect_corpus
 from recap.pictures import BadImage, decode_image, to_rgb
+from recap.world import facts_of, render, visible_scene
 
 REAL = Path(os.environ["RECAP_REAL"]) if os.environ.get("RECAP_REAL") else None
 real = pytest.mark.skipif(REAL is None, reason="RECAP_REAL names no folder of real files")
@@ -304,6 +305,40 @@ def test_workers_do_not_change_a_byte(tmp_path):
     assert list(truth) == list(corpus.captions()) and all(facts for _, facts in truth.values())
     make_world(CorpusConfig(**cfg | dict(seed=1)), tmp_path/"seed")
     assert tree(tmp_path/"seed")["00000.tar"] != tree(tmp_path/"one")["00000.tar"]
+
+
+def test_pictures_show_what_was_drawn_and_words_what_can_be_seen(tmp_path):
+    cfg = CorpusConfig(n=40, shard_size=25, size=48, width=72, world="whole", truth_styles="dsc", split="test")
+    make_world(cfg, tmp_path)
+    corpus = open_corpus(tmp_path)
+    drawn, truth, hidden = corpus.drawn(), corpus.truth(), 0
+    for shard in corpus.shards:
+        assert corpus.truth(shard) == {k: t for k, t in truth.items() if k[0] == shard} and list(corpus.drawn(shard)) == list(corpus.captions("dsc", shard))
+        for sample in corpus.read_shard(shard):
+            scene, (seen, facts) = drawn[shard, sample.key], truth[shard, sample.key]
+            assert sample.image.size == (72, 48) and sample.image.tobytes() == render(scene, 48, 72).tobytes()
+            assert seen == visible_scene(scene, 48, 72) and facts == facts_of(seen)
+            hidden += seen != scene
+    assert len(truth) == 40 and hidden, "the whole world hides something at 48 pixels"
+    assert make_world(cfg, tmp_path)["world"] == "whole"
+
+
+def test_several_worlds_in_turn(tmp_path):
+    make_world(CorpusConfig(n=12, size=32, world="easy,nouns=1+whole"), tmp_path)
+    easy = [{t.noun for t in s.things} for s in open_corpus(tmp_path).drawn().values()]
+    assert len(set().union(*easy[0::2])) == 1 < len(set().union(*easy[1::2]))
+
+
+def test_the_worlds_version_knows_sprites_and_code(tmp_path, monkeypatch):
+    import recap.corpus as c
+    read, version = [], c.world_version()
+    monkeypatch.setattr(c, "hash_file", lambda path, keep=c.hash_file: read.append(path.name) or keep(path))
+    assert c.world_version() == version and {"world.py", "drawing.py", "language.py", "cat.svg"} <= set(read) and "core.py" not in read
+    shutil.copytree(project_root()/"data"/"sprites", tmp_path/"data"/"sprites")
+    monkeypatch.setattr(c, "project_root", lambda: tmp_path)
+    assert c.world_version() == version
+    with open(tmp_path/"data"/"sprites"/"cat.svg", "a") as f: f.write(" ")
+    assert c.world_version() != version
 
 
 def test_an_unfinished_world_is_finished(tmp_path):
