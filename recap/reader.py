@@ -255,7 +255,8 @@ _WITH = set("with has have having wears wearing had featuring features plus incl
 _JOINS = set("and & + while whereas then also as though although but or nor yet plus /".split())
 _NOT = set("no not without never neither nor lacks lacking cannot except minus nobody none isn aren doesn wasn excluding nowhere".split())
 _IT = set("it them him her he she they itself".split())
-_DETERMINERS = set("""a an the this these those some several each every another its their his my our your many few various any more one whose lots multiple numerous other""".split())
+_DETERMINERS = set("""a an the this these those some several each every another its their his
+my our your many few various any more one whose lots multiple numerous other""".split())
 _OF = set("of at from to for toward towards through across along against beyond past about off out around round".split())
 _FRAMES = set("""picture image photo photograph scene frame drawing painting illustration view canvas background foreground art artwork shot composition page screen pic
 backdrop setting landscape scenery portrait cartoon clipart snapshot style look print render rendering graphic panel horizon""".split())
@@ -391,7 +392,8 @@ def _lexicon():
 # %% ../nbs/03b_reader.ipynb #c3b81e35
 _TOKEN = re.compile(r"""[\w-]+\.(?:jpe?g|png|gif|webp)\b|'s\b|n't\b|(?:(?!n't\b)[^\W_])+|[.;:!?,"()/|&+\n]|(?<=\s)-(?=\s)|[–—]""")
 _QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "’": "'", "‘": "'", "`": "'", "é": "e", "É": "E", "…": "."})
-_STOPS = {c: ("stop", c) for c in ".;!?|\n"} | {c: (",", ",") for c in ",:)-–—"} | {"(": ("bracket", None)} | {"'s": ("'s", None), '"': (None, None), "n't": ("not", None)}
+_STOPS = {c: ("stop", c) for c in ".;!?|\n"}
+_STOPS |= {c: (",", ",") for c in ",:)-–—"} | {"(": ("bracket", None)} | {"'s": ("'s", None), '"': (None, None), "n't": ("not", None)}
 _SAYS = {w for p in _PHRASES["says"] for w in p.split()} - {"the"}
 
 @functools.lru_cache
@@ -620,9 +622,6 @@ def _name(s, i, kind, noun, looks, det):
         s.relation, s.link, s.denied = None, "denied", s.denied != "without"
         return
     if s.framed: s.subject, s.relation, s.framed = [], None, False                     # the picture shows ...
-    before = s.items[i-2:i]
-    if not looks and not det and [x[0] for x in before] == ["noun", "join"] and before[1][1] == "and" and before[0][3]:   # "a red ball and cup"
-        looks = [x for x in before[0][2] if x[0] not in ("count", "position", "word")]
     s.facts |= _named(kind, noun)
     s.tell(noun, looks)
     s.seen.append(noun)
@@ -719,8 +718,8 @@ def _it(s, i, kind, word, looks, det):
         s.last = s.its = s.its or ([n for n in s.subject if n] or s.before or [None])[-1]
         s.held, s.alone = (word, s.last), False
         return
-    before = s.items[i-2][0]
-    if s.link == "with" or set(guests) & {*s.subject, None} and before in (("part", "strange", "word", "says", "pattern") if word == "on" else ("part", "strange")): return   # "with OPEN on it"
+    no_host = ("part", "strange", "word", "says", "pattern") if word == "on" else ("part", "strange")
+    if s.link == "with" or s.items[i-2][0] in no_host and set(guests) & {*s.subject, None}: return      # with OPEN on it
     host = next((n for n in [*s.subject[::-1], *s.before, *s.seen[::-1]] if n and n not in guests), None)
     for g in guests: s.relate(g, word, host)
     s.cluster, s.last = [*guests, host], host

@@ -132,7 +132,7 @@ SENTENCES = [
     ("A dog and a cat. They are small.", "dog small; cat small"),
     ("A dog is next to a cat. The other is red.", "dog; cat red; cat next to dog"),
     ("a red cat. the cat is large.", "cat red large"),
-    ("a red ball and cup", "ball red; cup red"),
+    ("a red ball and cup", "ball red; cup"),
     ("a red ball and a cup", "ball red; cup"),
     ("a red ball, cup", "ball red; cup"),
     ("a large ball and a small red one", "ball large"),
