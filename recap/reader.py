@@ -640,7 +640,7 @@ def _name(s, i, kind, noun, looks, det):
         s.cluster, s.relation = [*guests, noun], s.relation if word == "between" else None
     elif not s.subject or noun in s.subject or s.link == "stop" or s.link == "and" and (s.verb or s.whole):
         s.cluster = [*s.cluster, noun] if s.subject and s.there else [noun]
-        s.subject, s.verb, s.whole = [noun], False, False
+        s.subject, s.verb, s.whole, s.its = [noun], False, False, None
     elif s.link == "and": s.subject.append(noun); s.cluster = s.subject[:]
     else: s.cluster = [*s.subject, noun]
     s.whole = s.whole or s.there or bool(s.fronted)

@@ -309,6 +309,8 @@ SENTENCES = [
     ("A brown dog, a bowl with dots at its side.", "dog brown; bowl dotted; bowl next to dog"),
     ("The picture is dominated by a huge pear, green, on the right.", "pear large green right"),
     ("It is raining cats and dogs.", "rain"),
+    ("an umbrella on the left and above it a shark, also put a cat on the right and beside it, in the center, a cow",
+     "umbrella left; shark; shark above umbrella; cat right; cow middle; cat next to cow"),
     # lists, telegrams and noise
     ("a dog, a cat and two balls", "dog; cat; ball 2"),
     ("dog, cat, red ball", "dog; cat; ball red"),
