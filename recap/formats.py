@@ -159,12 +159,16 @@ def contact_sheet(
     note:str="",     # a second line
     ncol:int=6,      # cards in a row
     side:int=160,    # of a picture, pixels
-    lines:int=4,     # of text
+    lines:int=8,     # of text, at most
 ) -> Image.Image:
-    "Pictures with their texts, on cards."
-    gap, step, head = 16, 16, 66
-    w, h = side + 16, side + 34 + step*lines
-    ncol = min(ncol, max(3, len(cards)))
+    "Pictures with their texts, on cards as high as the highest needs."
+    def shown(picture):
+        scale = min(side/max(picture.size), 4)
+        return picture.resize([max(1, round(s*scale)) for s in picture.size], Image.Resampling.NEAREST if scale > 1.5 else Image.Resampling.BICUBIC)
+    cards = [(shown(picture), name, wrap_text(text, side, lines)) for picture, name, text in cards]
+    tall, lines = max(p.height for p, *_ in cards), max(1, *(len(t) for *_, t in cards))
+    gap, step, head, ncol = 16, 16, 66, min(ncol, max(3, len(cards)))
+    w, h = side + 16, tall + 36 + step*lines
     sheet = Image.new("RGB", (gap + ncol*(w + gap), head + -(-len(cards)//ncol)*(h + gap)), "#eceef2")
     draw = ImageDraw.Draw(sheet)
     for y, text, size, ink in ((14, title, 19, "#1d2330"), (42, note, 12, "#5d6575")):
@@ -172,12 +176,10 @@ def contact_sheet(
     for i, (picture, name, text) in enumerate(cards):
         x, y = gap + i%ncol*(w + gap), head + i//ncol*(h + gap)
         draw.rounded_rectangle((x, y, x + w, y + h), 6, "#ffffff")
-        scale = min(side/max(picture.size), 4)
-        shown = picture.resize([max(1, round(s*scale)) for s in picture.size], Image.Resampling.NEAREST if scale > 1.5 else Image.Resampling.BICUBIC)
-        sheet.paste(shown, (x + 8 + (side - shown.width)//2, y + 8 + (side - shown.height)//2))
-        draw.text((x + 8, y + side + 14), "".join(wrap_text(name, side, 1, 9)), "#9aa1ad", _sheet_font(9))
-        for j, line in enumerate(wrap_text(text, side, lines) or ["(no text)"]):
-            draw.text((x + 8, y + side + 28 + step*j), line, "#1d2330" if text.strip() else "#b8493e", _sheet_font(12))
+        sheet.paste(picture, (x + 8 + (side - picture.width)//2, y + 8 + (tall - picture.height)//2))
+        draw.text((x + 8, y + tall + 14), "".join(wrap_text(name, side, 1, 9)), "#9aa1ad", _sheet_font(9))
+        for j, line in enumerate(text or ["(no text)"]):
+            draw.text((x + 8, y + tall + 28 + step*j), line, "#1d2330" if text else "#b8493e", _sheet_font(12))
     return sheet
 
 # %% ../nbs/04a_formats.ipynb #f0bd433d
