@@ -19,49 +19,49 @@ def _table(text):
     return {meaning: [w.strip() for w in words.split(",")] for meaning, words in rows}
 
 _NOUNS = _table("""
-ball: football, soccer ball, beach ball, basketball, rubber ball, toy ball, sphere, playing ball
+ball: football, volleyball, tennis ball, soccer ball, beach ball, basketball, rubber ball, toy ball, sphere, playing ball
 balloon: toy balloon, party balloon
 basket: hamper, wicker basket, picnic basket, wickerwork basket
-bear: brown bear, bear cub
-bed: cot
+bear: brown bear, grizzly, grizzly bear, polar bear, bear cub
+bed: cot, bunk, bedstead
 bee: bumblebee, bumble bee, honeybee, honey bee
 bench: park bench, wooden bench, garden bench
-bicycle: bike, push bike, pushbike, cycle
-bird: birdie, songbird, sparrow, robin, finch, chick, blackbird, bluebird, pigeon, crow, raven, seagull, gull, parrot, canary, tit, thrush, budgie
-boat: rowing boat, rowboat, ship, sailing ship, dinghy, vessel, toy boat, fishing boat, motorboat
-book: storybook, novel, notebook, textbook
+bicycle: bike, two wheeler, pushcycle, push bike, pushbike, cycle
+bird: birdie, starling, magpie, bird of prey, songbird, sparrow, robin, finch, chick, blackbird, bluebird, pigeon, crow, raven, seagull, gull, parrot, canary, tit, thrush, budgie
+boat: rowing boat, barge, canoe, steamer, trawler, rowboat, ship, sailing ship, dinghy, vessel, toy boat, fishing boat, motorboat
+book: storybook, tome, hardback, paperback, picture book, novel, notebook, textbook
 bottle: flask
-bowl: dish, soup bowl
-box: crate, carton, cardboard box, package, parcel
+bowl: dish, basin, fruit bowl, soup bowl
+box: crate, chest, wooden box, wooden crate, carton, cardboard box, package, parcel
 bucket: pail
 bus: coach, omnibus, school bus, minibus, double decker
 cactus: cacti
 cake: birthday cake, gateau
 car: automobile, motorcar, motor car, sedan, hatchback, vehicle car, saloon, toy car, auto
-castle: fortress, palace, chateau
+castle: fortress, fort, sand castle, sandcastle, stronghold, palace, chateau
 cat: kitty, kitten, kittie, pussycat, pussy cat, tomcat, tabby, house cat, feline, moggy
-chair: armchair, wooden chair
-clock: alarm clock, timepiece
+chair: armchair, kitchen chair, dining chair, wooden chair
+clock: alarm clock, wall clock, timepiece
 cow: dairy cow, cattle, bull, calf
 cup: mug, teacup, tea cup, coffee cup, coffee mug, beaker, tea mug
 dachshund: sausage dog, doxie, wiener dog, badger dog, sausage hound, weiner dog
 daisy: marguerite, oxeye
 dalmatian: dalmation
-dog: hound, puppy, doggy, doggie, pup, pooch, canine, terrier, labrador, spaniel, beagle, mutt, retriever
-duck: mallard, duckling, drake
+dog: hound, doggo, hunting dog, small dog, puppy, doggy, doggie, pup, pooch, canine, terrier, labrador, spaniel, beagle, mutt, retriever
+duck: mallard, rubber duck, duckie, duckling, drake
 elephant: baby elephant
-fish: goldfish, trout, salmon, carp, angelfish
+fish: goldfish, piranha, tuna, herring, clownfish, clown fish, cod, sardine, trout, salmon, carp, angelfish
 flower: blossom, bloom, buttercup, poppy, carnation, lily
-frog: toad
+frog: toad, tree frog, froggy
 guitar: acoustic guitar, ukulele, electric guitar
 hammer: claw hammer, mallet
 hat: top hat, tophat, bowler hat, stovepipe hat
-horse: pony, foal, stallion, mare, steed
-house: cottage, hut, cabin, bungalow, villa, chalet
-kite: diamond kite
+horse: pony, colt, filly, nag, foal, stallion, mare, steed
+house: cottage, shed, home, lodge, farmhouse, hut, cabin, bungalow, villa, chalet
+kite: diamond kite, dragon kite
 ladder: stepladder, step ladder
 ladybird: ladybug, lady bug, lady bird, lady beetle, ladybeetle
-lamp: lantern, bedside lamp, desk lamp, table lamp, floor lamp, standard lamp, reading lamp
+lamp: lantern, night lamp, nightlight, bedside lamp, desk lamp, table lamp, floor lamp, standard lamp, reading lamp
 lighthouse: light house
 mushroom: toadstool, fungus, fly agaric
 owl: barn owl
@@ -74,23 +74,23 @@ poodle: toy poodle
 pufferfish: puffer fish, blowfish, blow fish, puffer, globefish
 rabbit: bunny, hare, bunny rabbit
 robot: android, droid, toy robot
-rocket: space rocket, rocket ship, rocketship, spaceship, space ship, spacecraft, space shuttle
-sailboat: sail boat, sailing boat, yacht, sailing yacht
+rocket: space rocket, missile, toy rocket, rocket ship, rocketship, spaceship, space ship, spacecraft, space shuttle
+sailboat: sail boat, sailing vessel, sailing dinghy, sailing ship toy, sailing boat, yacht, sailing yacht
 scissors: pair of scissors, pairs of scissors, scissor, shears
 sheep: lamb, ewe, ram
-shoe: boot, sneaker, trainer
+shoe: boot, sneaker shoe, sneaker, trainer
 sign: signboard, signpost, sign board, sign post, board, placard, billboard, road sign, street sign, wooden sign, shop sign
 snail: garden snail
 snowman: snow man, snowmen, snow men, snowmans
-sofa: couch, settee
+sofa: couch, loveseat, divan, settee
 sunflower: sun flower
 table: desk, wooden table, side table, coffee table, dining table, kitchen table
-teddy: teddy bear, teddybear, stuffed bear, toy bear, plush bear, stuffed teddy bear, bear toy, cuddly bear
+teddy: teddy bear, soft toy bear, plush teddy, plush teddy bear, fluffy bear, teddybear, stuffed bear, toy bear, plush bear, stuffed teddy bear, bear toy, cuddly bear
 tractor: farm tractor
-train: locomotive, steam train
+train: locomotive, railway train, toy train, train engine, railway engine, steam engine, steam locomotive, steam train
 tree: oak, oak tree, apple tree, maple, leafy tree, deciduous tree, broadleaf tree, birch, sapling, maple tree
 truck: lorry, pickup, pickup truck, delivery truck
-turtle: tortoise, sea turtle, terrapin
+turtle: tortoise, land tortoise, sea turtle, terrapin
 umbrella: brolly, parasol, sunshade, beach umbrella
 vase: urn
 windmill: wind mill, mill
@@ -111,53 +111,52 @@ _COMPOUNDS = _table("""compounds: dog house, doghouse, tree house, treehouse, bi
     table, hot air balloon, air balloon, flower pot, flowerpot, flower bed, flower vase, cat food, dog food, dog bowl, fish tank, fishbowl, fish bowl,
     bus stop, bus shelter, bus station, car park, train station, book shelf, bookshelf, book case, bookcase, bookshop, boat house, boathouse, house
     plant,
-    houseplant, house keys, clock tower, horse box, horseshoe, horse shoe, sea horse, rocking horse, cup cake, snow ball, snow globe, sand castle,
-    sandcastle, street lamp, lamp post, lamppost, traffic light, street light, tree stump, tree trunk, palm leaf, rose bush, apple pie, banana peel,
-    guitar case, fire engine, milk bottle, tea towel, tea pot, tree line, cow bell, duck pond, sheep dog, sheepdog, star fish, jelly fish, sword fish,
+    houseplant, house keys, clock tower, horse box, horseshoe, horse shoe, sea horse, rocking horse, cup cake, snow ball, snow globe, street lamp, lamp post, lamppost, traffic light, street light, tree stump, palm leaf, rose bush, apple pie, banana peel,
+    guitar case, fire engine, milk bottle, tea towel, tea pot, tree line, cow bell, duck pond, sheep dog, sheepdog, starfish, jellyfish, star fish, jelly fish, sword fish,
     cat fish, butterfly net, ball game, ball room, bear hug, orange juice, tree top, tree tops, table cloth, tablecloth, table tennis, box car, chair
-    lift, ladder truck, dragon kite, light bulb, home page""")["compounds"]
+    lift, ladder truck, light bulb, home page""")["compounds"]
 
 # %% ../nbs/03b_reader.ipynb #3be00002
 _COLOURS = _table("""
-red: crimson, scarlet, ruby, vermilion, maroon, burgundy, reddish, brick red, cherry red, ruby red, blood red, fire engine red, tomato red, wine red,
+red: crimson, cherry coloured, rust red, dark reddish, carmine, claret, scarlet, ruby, vermilion, maroon, burgundy, reddish, brick red, cherry red, ruby red, blood red, fire engine red, tomato red, wine red,
     pillar box red
-blue: blueish, navy, navy blue, azure, cobalt, cobalt blue, royal blue, sky blue, baby blue, bluish, sapphire, ultramarine, electric blue, cornflower
+blue: blueish, steel blue, powder blue, ice blue, midnight blue, denim blue, sky coloured, navy, navy blue, azure, cobalt, cobalt blue, royal blue, sky blue, baby blue, bluish, sapphire, ultramarine, electric blue, cornflower
     blue
-yellow: golden, gold, lemon yellow, sunny yellow, yellowish, mustard, mustard yellow, canary yellow, sunflower yellow, golden yellow
-green: lime, lime green, emerald, emerald green, olive, olive green, forest green, grass green, leaf green, greenish, jade, moss green, mint green,
+yellow: golden, lemon coloured, butter yellow, sand yellow, yellowy, sunshine yellow, gold, lemon yellow, sunny yellow, yellowish, mustard, mustard yellow, canary yellow, sunflower yellow, golden yellow
+green: lime, apple green, sea green, pea green, green coloured, pine green, lime green, emerald, emerald green, olive, olive green, forest green, grass green, leaf green, greenish, jade, moss green, mint green,
     bottle green
-purple: violet, lilac, lavender, mauve, plum purple, purplish, royal purple, deep violet
-orange: tangerine, bright orange, orangey, orangish, pumpkin orange, amber
-white: ivory, snow white, snowy white, off white, whitish, milky white, cream, pure white
-black: jet black, ebony, coal black, pitch black, blackish, inky black
-pink: fuchsia, rosy, rosy pink, rose pink, hot pink, pinkish, baby pink, salmon pink, bubblegum pink, candy pink
-brown: tan, chocolate brown, chocolate, chestnut, chestnut brown, brownish, coffee brown, hazel, auburn, nut brown, tawny
-grey: gray, silver, silvery, charcoal, charcoal grey, charcoal gray, greyish, grayish, ash grey, slate grey, silver grey, ashen
+purple: violet, aubergine, lilac coloured, grape purple, amethyst, lilac, lavender, mauve, plum purple, purplish, royal purple, deep violet
+orange: tangerine, carrot orange, carrot coloured, burnt orange, bright orange, orangey, orangish, pumpkin orange, amber
+white: ivory, snowwhite, chalk white, creamy white, chalky white, snow white, snowy white, off white, whitish, milky white, cream, pure white
+black: jet black, raven black, soot black, ebony, coal black, pitch black, blackish, inky black
+pink: fuchsia, magenta, candyfloss pink, rosy, rosy pink, rose pink, hot pink, pinkish, baby pink, salmon pink, bubblegum pink, candy pink
+brown: tan, mahogany, reddish brown, cocoa brown, caramel brown, russet brown, chocolate brown, chocolate, chestnut, chestnut brown, brownish, coffee brown, hazel, auburn, nut brown, tawny
+grey: gray, ash, ash gray, slate gray, silver gray, smoky grey, steel grey, mouse grey, stone grey, silver, silvery, charcoal, charcoal grey, charcoal gray, greyish, grayish, ash grey, slate grey, silver grey, ashen
 """)
 _SIZES = _table("""
-small: little, tiny, wee, mini, miniature, petite, teeny, tiny little, minute, smallish, diminutive, itty bitty, dinky, pocket sized, small sized,
+small: little, pint sized, very small, tiny wee, undersized, minuscule, tiny, wee, mini, miniature, petite, teeny, tiny little, minute, smallish, diminutive, itty bitty, dinky, pocket sized, small sized,
     teensy
-large: big, huge, giant, enormous, massive, gigantic, tall, oversized, great big, sizeable, sizable, biggish, largish, immense, towering, hefty,
+large: big, outsize, bulky, mighty, gargantuan, humongous, monumental, huge, giant, enormous, massive, gigantic, tall, oversized, great big, sizeable, sizable, biggish, largish, immense, towering, hefty,
     colossal, big sized, large sized, jumbo, outsized
 """)
 _TEXTURES = _table("""
-striped: stripy, stripey, zebra striped, stripe patterned, banded
-dotted: spotted, polka dot, polka dotted, spotty, dotty, speckled, polkadot, polka dots patterned, polkadotted, dappled
-checked: squared, chessboard patterned, chequered, checkered, plaid, tartan, gingham, checkerboard, chequerboard, check patterned, checkerboard
+striped: stripy, stripes patterned, stripe covered, pinstriped, candy striped, stripey, zebra striped, stripe patterned, banded
+dotted: spotted, freckled, dot patterned, spot covered, flecked, mottled, polka dot, polka dotted, spotty, dotty, speckled, polkadot, polka dots patterned, polkadotted, dappled
+checked: squared, chessboard, chess patterned, checkerboarded, checky, chessboard patterned, chequered, checkered, plaid, tartan, gingham, checkerboard, chequerboard, check patterned, checkerboard
     patterned
-furry: fluffy, fuzzy, hairy, woolly, wooly, shaggy, fur covered
+furry: fluffy, furred, bristly, fleecy, plush, long haired, fuzzed, fuzzy, hairy, woolly, wooly, shaggy, fur covered
 """)
 _PATTERNS = _table("""
-striped: stripes, stripe, bands, striping
-dotted: dots, spots, polka dots, polkadots, speckles, polka dot pattern
-checked: checks, check pattern, chessboard pattern, chess board pattern, chequered pattern, check, chequers, checkers, checkerboard pattern,
+striped: stripes, stripe, striped pattern, stripy pattern, stripe pattern, bands, striping
+dotted: dots, spots, dotted pattern, spotted pattern, specks, flecks, polka dots, polkadots, speckles, polka dot pattern
+checked: checks, checked pattern, tartan pattern, gingham pattern, plaid pattern, check pattern, chessboard pattern, chess board pattern, chequered pattern, check, chequers, checkers, checkerboard pattern,
     chequerboard pattern, squares, checker pattern, checkered pattern
 furry: fur, hair, fluff, fuzz, wool
 """)
 _COUNTS = _table("""
-2: 2, two, pair of, couple of, both of the, duo of, twin
-3: 3, three, trio of, group of three, threesome of
-4: 4, four, quartet of, group of four, foursome of
+2: 2, two, pair of, twins, duo, couple, couple of, both of the, duo of, twin
+3: 3, three, trio, threesome, trio of, group of three, threesome of
+4: 4, four, quartet, foursome, quartet of, group of four, foursome of
 5: five, group of five
 6: six, half a dozen
 7: seven
@@ -181,9 +180,9 @@ street: road, highway, motorway, lane, alley, village street, suburb, crossroads
     city road, city centre, city center, town centre, high street, avenue, urban street, streets, downtown, roadway
 room: indoors, nursery, apartment, house interior, inside a house, inside the house, indoor, living room, livingroom, bedroom, lounge, sitting room,
     parlour, inside a room, interior, indoor room, playroom
-snow: snowy landscape, snowy ground, snow field, snowfield, winter landscape, wintry landscape, winter, snow covered ground, snowy field, snowy scene,
+snow: snowy landscape, white field, snow covered land, snowy land, snowy plain, snowy ground, snow field, snowfield, winter landscape, wintry landscape, winter, snow covered ground, snowy field, snowy scene,
     snowscape, winter wonderland, snowy hill, snowy hills, wintery landscape, snow covered field, snowy meadow
-desert: sahara, sand dunes, sand dune, dunes, dune, desert sand, desert landscape, sandy desert, deserts
+desert: sahara, desert floor, desert ground, sand dunes, sand dune, dunes, dune, desert sand, desert landscape, sandy desert, deserts
 forest: woods, glade, a wood, the wood, pine forest, fir forest, woodland, forests, woodlands, forest clearing, jungle, wooded area
 mountains: mountain, mountain valley, summit, summits, mountain pass, mountain ridge, peaks, peak, snow topped mountains, snow topped peaks, snow
     capped peaks, snowy mountain, snow covered mountains, snow topped, snow capped, rocky mountains, mountainside, mountain range, alps, mountain
@@ -195,27 +194,34 @@ _WEAK_PLACES = _table("""
 meadow: grassy, hill, hills, hilly, green hill, green hills, grey green hills, hillside, grassy hill, grassy hills, rolling hills, rolling green
     hills, grassy ground, grassy land
 beach: sea, ocean, sea side
-street: urban, asphalt, tarmac, buildings in the background
-room: wallpaper, carpet, rug, wooden floor
-snow: snowy, wintry, wintery, snow covered, snowflakes, snowfall, snow drift, snowdrift
+street: urban, crosswalk, zebra crossing, asphalt, tarmac, buildings in the background
+desert: orange sand, red sand, orange dunes
+room: wallpaper, wallpapered, floorboards, carpet, rug, wooden floor
+snow: snowing, snows, snowfall, falling snow, white ground, white hills, white landscape, snowy, wintry, wintery, snow covered, snowflakes, snowfall, snow drift, snowdrift
 forest: wooded, trees in the background
 mountains: mountainous, alpine, valley
-kitchen: stove, oven, worktop, countertop, cupboards, fridge, cooker
-moon: lunar, craters, crater, cratered
+kitchen: stove, tiled floor, oven, worktop, countertop, cupboards, fridge, cooker
+moon: outer space, space, lunar, craters, crater, cratered
+""")
+_HINTS = _table("""
+desert: cactus, cacti, cactuses, camel, camels
+forest: tree trunk, tree trunks, trunks of trees, bare trunks, tall trunks, pale trunks
+night: the moon shines, the moon rises, the moon hangs, the moon up, the moon over, the moon above, under the moon
 """)
 _WEATHER = _table("""
-night: night, at night, by night, night time, nighttime, nightfall, under the stars, starry, starlit, moonlit, midnight, night sky, starry sky, stars,
+night: night, nightly, starry night, night falls, at night, by night, night time, nighttime, nightfall, under the stars, starry, starlit, moonlit, midnight, night sky, starry sky, stars,
     in the dark, after dark, dark night sky, dark night, moonlight, starlight, nocturnal, nights, crescent moon, full moon, half moon, sickle moon,
     moon, a moon, moon in the sky, new moon, moonrise, late evening
-sunset: sunset, dusk, evening, evening sky, sundown, sun is setting, setting sun, evening sun, twilight, sun goes down, sun is going down, sunset sky,
+sunset: sunset, sun sinking, sun sinks, sinking sun, sun is sinking, sun going down, sun dips, sun is low, sun low, at dusk, gloaming, dusky, dusk, evening, evening sky, sundown, sun is setting, setting sun, evening sun, twilight, sun goes down, sun is going down, sunset sky,
     evening light, orange sky, golden hour, red sky, pink sky, sun sets, evening glow, sun setting, sun must be setting, setting of the sun, evening
     time, low sun
-rain: rain, showers, heavy rain, raining, rainy, rains, drizzle, rain shower, downpour, rainfall, pouring, wet weather, raindrops, pours, pours down,
+rain: rain, rainclouds, rain falls, rain is falling, falling rain, drops of rain, drizzles, showers, heavy rain, raining, rainy, rains, drizzle, rain shower, downpour, rainfall, pouring, wet weather, raindrops, pours, pours down,
     pouring down, drizzling, drizzly, rainstorm, pouring rain, rain clouds, shower of rain
-fog: fog, foggy, mist, misty, haze, hazy, in the mist, fogged, thick fog, foggy weather
+fog: fog, foggy, misted, murky fog, fogbound, mist, misty, haze, hazy, in the mist, fogged, thick fog, foggy weather
 """)
 _STYLES = _table("""
-outline: outline drawing, line drawing, line art, outlined, outlines, outline style, outlined style, line style, in outline, lineart, contour drawing,
+outline: linework, line work, lines in black ink, ink lines, thick ink lines, black ink lines, heavy dark lines, thick dark lines, bold dark lines,
+    strong dark lines, strong black lines, dark lines, outline drawing, line drawing, line art, outlined, outlines, outline style, outlined style, line style, in outline, lineart, contour drawing,
     ink drawing, ink outline, drawn in outline, colouring book, coloring book, colouring page, coloring page, black and white line drawing, ink,
     inked, inky, ink sketch, ink line drawing, in ink, sketched in ink, pen drawing, drawn in pen, pen, pen and ink, contours, inky contours, ink
     contours, contour, black lines, heavy lines, heavy black lines, thick lines, thick black lines, bold lines, bold black lines, uncoloured drawing,
@@ -224,10 +230,10 @@ pencil: graphite, graphite drawing, pencil hatching, pencil drawing, pencil sket
     coloured pencil, colored pencil, coloured pencils, colored pencils, coloured pencil drawing, colored pencil drawing, pencils, sketchy, pencilled,
     hand sketched, pencil style, pencil sketch style, penciled, hatched drawing, sketching, hatching, hatched, hatching lines, hatched lines, hatch
     lines, cross hatched, cross hatching, pencil strokes, pencil lines
-pixel: blocky, retro graphics, low resolution pixels, pixel graphics, pixel art, pixel, pixels, pixelated, pixellated, pixel art picture, pixel art
+pixel: square pixels, pixely, pixelly, mosaic of pixels, blocky, retro graphics, low resolution pixels, pixel graphics, pixel art, pixel, pixels, pixelated, pixellated, pixel art picture, pixel art
     style, piece of pixel art, 8 bit, 8bit, coarse pixels, chunky pixels, big pixels, large pixels, visible pixels, 16 bit, 16bit, pixelart, blocky
     pixels, retro game, video game, pixel style, pixel drawing, pixel picture, pixel image, retro video game
-watercolour: watercolour, watercolor, water colour, water color, watercolours, watercolors, aquarelle, watercolour painting, watercolor painting,
+watercolour: watery washes, painted in washes, washes of colour, washes of watercolour, watery paint, watercolour, watercolor, water colour, water color, watercolours, watercolors, aquarelle, watercolour painting, watercolor painting,
     watercolour picture, watercolour style, watercolor style, water colours, water colors, watercolored, watercoloured
 """)
 
@@ -239,11 +245,11 @@ inside: in, right in, inside, within, inside of, into, peeks out of, peeking out
 around: containing, contains, contain, holding, holds, hold, filled with, full of, contained
 behind: behind, in back of, at the back of, right behind, just behind, partly behind, directly behind, half behind, hidden behind, partially behind
 in front of: in front of, infront of, in the front of, right in front of, directly in front of, just in front of
-above: above, over, up above, high above, right above, directly above, hovering over, just above, over the top of
+above: above, high over, straight above, somewhere above, way above, over, up above, high above, right above, directly above, hovering over, just above, over the top of
 carrying: carries, carrying, carry, supports, supporting
 under: under, underneath, beneath, right under, directly under
-below: below, just below, right below, directly below
-next to: next to, beside, near, by, close to, alongside, adjacent to, right next to, right beside, besides, leaning on, leaning against, leans on,
+below: below, straight below, somewhere below, just below, right below, directly below
+next to: next to, at the foot of, hard by, a step from, neighbouring, beside of, beside, near, by, close to, alongside, adjacent to, right next to, right beside, besides, leaning on, leaning against, leans on,
     leans against, by the side of, at the side of, close by, near to, directly next to, just next to, just beside, directly beside, nearby, very close
     to, side by side with
 between: between, in between, among, amongst
@@ -253,7 +259,7 @@ go stays stay grows grow looks look seems seem sleeps sleep waits wait walks wal
 rises rise perches perch can will leans lean drives drive towers belongs belong remains remain would may might could""".split())
 _WITH = set("with has have having wears wearing had featuring features plus including includes bearing bears sporting".split())
 _JOINS = set("and & + while whereas then also as though although but or nor yet plus /".split())
-_NOT = set("no not without never neither nor lacks lacking cannot except minus nobody none isn aren doesn wasn excluding nowhere".split())
+_NOT = set("no not without never neither nor lacks lacking cannot except minus nobody nothing none isn aren doesn wasn excluding nowhere".split())
 _IT = set("it them him her he she they itself".split())
 _DETERMINERS = set("""a an the this these those some several each every another its their his
 my our your many few various any more one whose lots multiple numerous other""".split())
@@ -272,7 +278,10 @@ eared legged handled petalled beaked tailed bellied sailed winged headed shelled
 horizon sky skies sun sunshine cloud clouds ground floor water rest everything air steam smoke tiles tile shelf curtain curtains heart hearts masts
 bows collars lining rock rocks stone stones bush bushes earth planet planets satellite skyline blocks flakes skirting lamp fence path dashes people
 person nobody bands""".split()
-_FILLER = set("""texture dominated upside scratchy brush strokes watery wash slope plain arranged shopping sloping comic graphics chunky grainy engraving engraved
+_GROUNDS = set("sky skies air ground floor water path".split())
+_FILLER = set("""dull mustard pastel bare tiled dashed diagonal believe guess suppose spacious blank blazing gleaming glowing glossy matt matte rough sturdy tidy
+clean dirty dusty rusty chubby plump fat slim slender skinny curious sleepy sad smiling grinning elegant fancy graceful cosy cozy stylised stylized curly
+frayed opened closed overhead ahead direction coming probably nearly anywhere sight texture dominated upside scratchy brush strokes watery wash slope plain arranged shopping sloping comic graphics chunky grainy engraving engraved
 etched noisy missing somebody taken up everywhere watches watching landed yes long short morning afternoon daybreak dawn today wears gets getting got
 keeps turned turning made makes making left-facing stretched waving comfortably calm tightly fairly extremely incredibly super slight slightly mostly
 partially half whole halfway across opposite towards apart away further closer nearer nearby a an the and with is are of it its there this that in on
@@ -299,21 +308,22 @@ minimal minimalist childlike childish children child's kids hand homemade cartoo
 _SHAPED = "shaped coloured colored themed sized like".split()
 _BODY = "coat skin body plumage".split()
 _PHRASES = _table("""
-mutual: side by side
+mutual: side by side, one next to the other, one beside the other, next to one another, beside one another
 there: there is, there are, there should be, there must be, there will be, there was, there were, there has to be, there can be, there s, there
     stands, there sits, there, we see, i see, you can see, we can see, here is, here are, you see, one can see
 which: that is, that are, which is, which are, that s, that, which, who is
 each: each other, one another
 both: both, both of them, all, all of it, all of them, they are both, each of them, the two of them, all three
 other: other one, the other, the other one
-part: outlined in, the moon is, the moon shines, the moon rises, the moon hangs, the moon up, the moon in, the moon over, the moon above, the moon
-    and, under the moon
+outlined: outlined in, outlined with, inked in
+part: the moon is, the moon in, the moon and
 in order: left to right, from left to right
 in reverse: right to left, from right to left
 says: says, saying, reads, reading, that says, that reads, labelled, labeled, word, the word, written, lettered, spelling, marked, say, read, spells,
     inscription
 not: without any, instead of, rather than, no other, free of, devoid of, apart from, far from, neither of, can not, other than
-nothing: middle sized, cats and dogs, as tall as, as wide as, as high as, mid sized, taken up by, filled by, occupied by, followed by, surrounded by,
+after: then comes, then come, next comes, next come
+nothing: in the other direction, in the same direction, the other way, the same way, been left, is left, are left, left lying, left standing, left open, i believe, i guess, i suppose, as far as i can see, middle sized, cats and dogs, as tall as, as wide as, as high as, mid sized, taken up by, filled by, occupied by, followed by, surrounded by,
     lit by, made by, seen by, drawn by, painted by, covered by, hidden by, cut off by, framed by, step by step, one by one, little by little, side by,
     all of this, all around, all over, in the style of, a lot of, lots of, plenty of, a bit of, a little bit, at the top, at the bottom, on the
     ground, on the floor, in the air, in the sky, at the back, at the front, in the background, in the foreground, in the distance, in the picture, in
@@ -322,7 +332,7 @@ nothing: middle sized, cats and dogs, as tall as, as wide as, as high as, mid si
     left, turned right, pointing left, pointing right, to the viewer, at the viewer, out of, because of, kind of, sort of, in the middle of nowhere,
     in the open, in the open air, by itself, on its own, in total, at least, in color, in colour, under the sun, in the sun, in the light, in
     daylight, by day, during the day, on a sunny day, on a clear day, on a bright day, in the daytime, sunny day, under a blue sky, blue sky, table
-    mountain, toy like, a little in, a little further, a bit of the, pair of eyes, white clouds, white cloud, bright sun, yellow sun, nothing else, no
+    mountain, toy like, a little in, a little further, a bit of the, pair of eyes, white clouds, white cloud, bright sun, nothing else, no
     one, no background, a little to, bigger than, larger than, smaller than, taller than, as big as, as large as, as small as, same size as, twice the
     size of, right there, right here, as well as, as well, piece of, pieces of, group of, bunch of, row of, set of, kinds of, types of, part of, parts
     of, side of, next scene, front of, one of, some of, in a row, in a line, for me, of course, light and, not far from, light blue sky, clear sky,
@@ -352,7 +362,7 @@ def _noun_words():
 
 def _side_words():
     "On the far left, at the right edge, in the middle, to its left."
-    before = itertools.product(("", "on", "at", "to", "in", "towards", "toward", "near", "over on", "over at", "off to", "along", "from", "by"), ("", "the"),
+    before = itertools.product(("", "on", "at", "to", "in", "towards", "toward", "near", "up on", "up at", "high on", "high up on", "high up at", "high up in", "down on", "over on", "over at", "off to", "along", "from", "by"), ("", "the"),
                                ("", "far", "very", "bottom", "lower", "top", "upper", "extreme", "dead", "outer", "front", "back"))
     after = ("", "side", "hand side", "edge", "end", "half", "third", "corner", "part", "portion", "border", "section", "margin", "area")
     found = {}
@@ -360,8 +370,12 @@ def _side_words():
         for w in words:
             alone = not any(pre) and not tail and w not in ("central", "centered", "centred", "centrally")
             found[" ".join(filter(None, (*pre, w, tail)))] = ("side" if alone else "position", side)
-    for at, its, side, tail in itertools.product(("on", "to", "at"), ("its", "their", "his", "her"), ("left", "right"), ("", " side")):
+    for at, its, side, tail in itertools.product(("on", "to", "at"), ("its", "their", "his", "her"), ("left", "right"), ("", " side", " hand", " hand side")):
         found[f"{at} {its} {side}{tail}"] = ("its side", f"{side} of")
+    for pre, side in itertools.product(("further", "farther", "further to the", "farther to the", "more to the", "a little to the", "a bit to the", "slightly to the"), ("left", "right")):
+        found[f"{pre} {side}"] = ("its side", f"{side} of")
+    for pre, the, side, of, mid in itertools.product(("a bit", "a little", "slightly", "just"), ("", "to the", "on the"), ("left", "right"), ("of", "of the"), ("middle", "centre", "center")):
+        found[" ".join(filter(None, (pre, the, side, of, mid)))] = ("position", "middle")
     for at, its in itertools.product(("at", "by"), ("its", "their", "his", "her")): found[f"{at} {its} side"] = ("its side", "next to")
     return found
 
@@ -374,7 +388,7 @@ def _lexicon():
              "frame": _FRAMES, "vague": _VAGUE, "part": _PARTS, "body": _BODY, "shaped": _SHAPED}
     for kind, words in small.items(): lex |= {w: (kind, w) for w in words}
     lex |= {w: ("unread", None) for c in _COMPOUNDS for w in (c, _plurals(c))}
-    tables = {"weak": (_WEAK_PLACES,), "place": (_PLACES, PLACE_NAMES, {p: [p] for p in PLACES}), "in place": (PLACE_WORDS,),
+    tables = {"weak": (_WEAK_PLACES,), "hint": (_HINTS,), "place": (_PLACES, PLACE_NAMES, {p: [p] for p in PLACES}), "in place": (PLACE_WORDS,),
               "weather": (_WEATHER, WEATHER_WORDS, WEATHER_CLAUSES, WEATHER_TAGS), "style": (_STYLES, STYLE_NAMES, STYLE_TAGS),
               "size": (_SIZES, SIZE_WORDS), "texture": (_TEXTURES, TEXTURE_WORDS), "pattern": (_PATTERNS,), "count": (_COUNTS,),
               "relation": (_RELATIONS, RELATION_WORDS), "colour": (_COLOURS, COLOUR_WORDS, {c: [c] for c in COLOURS})}
@@ -446,6 +460,7 @@ def _is_side_of(tokens, i):
     for j in range(i + 1, len(tokens)):
         kind = tokens[j][0]
         if kind == "place" and tokens[j+1:j+2] and tokens[j+1][0] in _NAMES: continue
+        if kind == "part" and tokens[j][1] in _GROUNDS: break                      # the middle of the sky
         if kind in _NAMES or kind in ("it", "part", "unread"): return True, i + 1
         if kind in ("side", "position"): return None, j + 1
         if kind not in _LOOKS and kind not in ("det", None): break
@@ -453,7 +468,7 @@ def _is_side_of(tokens, i):
 
 class _Phrases:
     "Phrases as they are put together: looks wait in `run` for their noun, behind a determiner `det`; `strange`: among words that are not understood."
-    def __init__(self): self.items, self.unread, self.run, self.det, self.strange = [], [], [], "", False
+    def __init__(self): self.items, self.unread, self.run, self.det, self.strange, self.hints = [], [], [], "", False, []
 
     def add(self, kind, value=None, looks=(), det=""):
         "The phrase ends what waits. A black and white thing is black."
@@ -468,7 +483,8 @@ class _Phrases:
         "What waits in vain stands for itself: looks behind \"is\", or a thing that is not of this world, such as an orange."
         if self.run == [("colour", "orange")] and self.det in ("a", "an", "the") and self.items[-1:] != [("is", "is", (), "")]:
             self.unread.append("orange"); self.strange = True
-        if self.strange and self.det: self.add("strange", after)
+        counted = any(k == "count" for k, _ in self.run)
+        if self.strange and (self.det or counted or after == "is"): self.add("strange", after)
         elif self.run: self.add("looks", self.strange, self.run, self.det)
         elif self.strange: self.add("unread")
         self.run, self.det, self.strange = [], "", False
@@ -493,12 +509,22 @@ def _phrases(tokens):
         elif kind == "pattern": p.add(kind, value, p.run, p.det)
         elif kind in ("part", "frame"): p.add(kind, after, (), p.det)
         elif kind == "body": p.add(kind, None, p.run, p.det)
+        elif kind == "hint":                                                        # no thing of this world, but it tells the place
+            if p.det != "no": p.hints.append(("weather" if value == "night" else "weak", value, (), ""))
+            p.add("strange", after)
+        elif kind == "outlined":                                                    # the picture, if no thing has been named
+            said = itertools.takewhile(lambda item: item[0] != "stop", reversed(p.items))
+            p.add("part" if any(item[0] in _NAMES for item in said) else "style", after if any(item[0] in _NAMES for item in p.items[-4:]) else "outline", (), p.det)
         elif kind == "vague": p.add("strange", after) if p.det not in ("the", "this", "these", "those") else p.add("it", value)
         elif kind == "det":
             if value == "one" and p.run: p.run, p.det, p.strange = [], "a", True                       # a small one
             else: p.flush(); p.det = value
         elif kind in (",", "join") and p.run and after in _LOOKS and after != "count" and value in (",", "and", "&"): pass   # red and white
-        elif kind == "unread": p.unread.append(value); p.strange = True
+        elif kind == "unread":
+            p.unread.append(value)
+            before = tokens[i-2] if i > 1 else (None,)
+            if before[0] in _NAMES and value[-1:] == "s" and not value.endswith("ss") or before[0] in _NAMES and before[2] and after not in _NAMES: p.add("is", "is")   # a snail creeps
+            elif not (p.items and not p.det and not p.run and p.items[-1][0] in _NAMES and value.endswith(("ing", "ed"))): p.strange = True
         elif kind in _SETTING:
             joined = after in _LOOKS or after in _NAMES
             if kind == "in place" or kind == "weather" and not p.det and not joined: p.flush()         # is white at night
@@ -517,7 +543,7 @@ def _phrases(tokens):
             elif p.items and p.items[-1][0] in _NAMES and after in ("side", "position"):                # to the cat's right
                 p.items.insert(-1, ("relation", value_after + " of", (), "")); i += 1
     p.flush()
-    return p.items, p.unread
+    return p.items + [_END]*bool(p.hints) + p.hints, p.unread
 
 # %% ../nbs/03b_reader.ipynb #ed1180b5
 class _Story:
@@ -531,7 +557,7 @@ class _Story:
     def start(self):
         "A new sentence."
         self.before = [n for n in self.subject if n] or self.before
-        self.subject, self.last = [], None      # last: the thing named last
+        self.subject, self.last, self.earlier, self.scope = [], None, [], None     # earlier: subjects of this sentence; scope: (word, host) of all that follows; last: the thing named last
         self.relation = self.held = self.also = None    # (word, guests) waits for its host; (word, host) for its guest; one more word
         self.topic = self.its = self.order = None       # what "both" points at, what "it" did, what "left to right" has reached
         self.fronted = []                               # positions that wait for their thing
@@ -621,6 +647,7 @@ def _name(s, i, kind, noun, looks, det):
     if s.denied:                                                 # a denial covers what follows its thing, but "a cat without a hat on the left"
         s.relation, s.link, s.denied = None, "denied", s.denied != "without"
         return
+    if noun == "hat" and s.link == "with" and not s.relation and s.subject[-1:] == ["snowman"]: return      # a part of it
     if s.framed: s.subject, s.relation, s.framed = [], None, False                     # the picture shows ...
     s.facts |= _named(kind, noun)
     s.tell(noun, looks)
@@ -631,16 +658,23 @@ def _name(s, i, kind, noun, looks, det):
     if s.held:                                                   # "... stands a tree"
         (word, host, *clause), s.held = s.held, None
         s.relate(noun, word, host)
-        if not clause: s.subject, s.verb, s.whole = [noun], False, True
+        if s.scope and not clause: s.relate(noun, *s.scope)
+        if not clause: s.earlier += s.subject; s.subject, s.verb, s.whole = [noun], False, True
         s.cluster = [noun, host]
     elif s.relation:
         word, guests = s.relation
-        for g in guests: s.relate(g, word, noun); s.relate(g, s.also, noun)
+        hosts = [noun]
+        following = [*s.items[i+1:i+4], _END, _END, _END]
+        if word == "above" and following[0][:2] == ("join", "and") and following[1][0] in _NAMES and following[2][0] in ("stop", ",", *_SETTING):
+            hosts.append(following[1][1])                                               # over a dog and an elephant
+        for g, host in itertools.product(guests, hosts): s.relate(g, word, host); s.relate(g, s.also, host)
         s.also = None
         s.cluster, s.relation = [*guests, noun], s.relation if word == "between" else None
     elif not s.subject or noun in s.subject or s.link == "stop" or s.link == "and" and (s.verb or s.whole):
         s.cluster = [*s.cluster, noun] if s.subject and s.there else [noun]
+        s.earlier += s.subject
         s.subject, s.verb, s.whole, s.its = [noun], False, False, None
+        if s.scope: s.relate(noun, *s.scope)
     elif s.link == "and": s.subject.append(noun); s.cluster = s.subject[:]
     else: s.cluster = [*s.subject, noun]
     s.whole = s.whole or s.there or bool(s.fronted)
@@ -656,7 +690,10 @@ def _look(s, i, kind, strange, looks, det):
     elif (strange or det) and s.link != "is" and not s.topic: return
     if s.denied or s.strange: return
     alone = s.link == "stop" and s.items[i+1:i+2] in ([], [_END])                        # a cat. Green.
-    for n in s.about() or (s.before if alone else ()):
+    known = lambda n: any(f[:2] == (k, n) for f in s.facts for k, _ in looks)
+    told = s.about()
+    if s.link == "and" and s.seen and told == s.subject[-1:] != s.seen[-1:] and known((told or [None])[0]) and not known(s.seen[-1]): told = s.seen[-1:]   # a red cat by a sign, red too
+    for n in told or (s.before if alone else ()):
         dressed = within and any(f[:2] == ("colour", n) for f in s.facts)                 # yellow, dotted in green
         s.tell(n, [(k, v) for k, v in looks if k != "count" and not (dressed and k == "colour")])
 
@@ -680,6 +717,8 @@ def _position(s, i, kind, side, looks, det):
     "A position is told of the thing before it, unless it opens its part of the sentence."
     if s.denied: return
     follows, later = s.comes(i, _NAMES), s.comes(i, _NAMES, ("stop",))
+    if s.held and s.last in s.where and later: s.fronted = [side]; return            # next to it on the right there is
+    if s.alone and s.verb and later and [x[0] for x in s.items[max(0, i-2):i]] == [",", "join"] and s.items[i+1][0] == ",": s.fronted = [side]; return
     if s.alone and s.topic is None and (not s.subject or s.held or follows or s.last in s.where and later): s.fronted = [side]; return
     told, s.whole = s.about(), True
     for n in told:
@@ -689,14 +728,17 @@ def _position(s, i, kind, side, looks, det):
 def _relation(s, i, kind, word, looks, det):
     "On, behind, left of: the guests stand before the word, unless it opens its part of the sentence."
     if s.denied: return
-    opens = s.alone and (not s.subject or _waits(s, i))
-    s.relation = (word, None if opens else list(s.about()) or [None])
+    opens = s.alone and (not s.subject or s.fronted or _waits(s, i))
+    pair = len(s.subject) == 2 and s.cluster == s.subject and s.link == "noun" and not s.verb and not s.there and s.topic is None
+    several = pair and word in ("behind", "in front of", "next to", "below")              # a car and a mushroom in front of a bench
+    s.relation = (word, None if opens else s.subject[:] if several else list(s.about()) or [None])
 
 def _waits(s, i):
     "Does the guest come after the host: \"and behind it stands a tree\"?"
     rest, hosts = s.items[i+1:], 0
     if rest and (rest[0][0] == "it" or rest[0][3] in _ITS): return s.comes(i + 1, _NAMES, ("stop",))
     kinds = [item[0] for item in rest[:8]] + ["stop"]*4
+    if kinds[0] in _NAMES and kinds[1:3] == [",", "is"]: return True         # "and behind the snail, is a puppy"
     if kinds[0] in _NAMES and kinds[1] == "," and "," in kinds[2:6]:          # "and beside it, on the lawn, two cats"
         j = kinds.index(",", 2)
         if not _NAMES & set(kinds[2:j]) and kinds[j+1] in _NAMES: return True
@@ -720,13 +762,19 @@ def _it(s, i, kind, word, looks, det):
         return
     no_host = ("part", "strange", "word", "says", "pattern") if word == "on" else ("part", "strange")
     if s.link == "with" or s.items[i-2][0] in no_host and set(guests) & {*s.subject, None}: return      # with OPEN on it
-    host = next((n for n in [*s.subject[::-1], *s.before, *s.seen[::-1]] if n and n not in guests), None)
+    host = next((n for n in [*s.subject[::-1], *s.earlier[::-1], *s.before, *s.seen[::-1]] if n and n not in guests), None)
     for g in guests: s.relate(g, word, host)
     s.cluster, s.last = [*guests, host], host
 
+@_rule("after")
+def _after(s, *item):
+    "On the left stands a cup, then comes a ball."
+    if s.seen and s.where.get(s.seen[-1]) == "left": s.held = ("right of", s.seen[-1])
+
 @_rule("each", "mutual")
 def _each(s, i, kind, *rest):
-    "\"Next to each other\", \"side by side\"."
+    "\"Next to each other\", \"side by side\"; two dogs are so among themselves."
+    if len(s.subject) == 1 and any(f[:2] == ("count", s.subject[0]) for f in s.facts): s.relation = None; return
     word, s.relation = s.relation[0] if s.relation and kind == "each" else "next to", None
     for a, b in zip(s.cluster, s.cluster[1:]): s.relate(a, word, b)
 
@@ -738,6 +786,7 @@ def _close(s):
     "A relation without a host: \"a table with a cup on top\", \"a car, a kite above\"."
     if s.relation and s.relation[1]:
         hosts = [n for n in s.subject if n and n not in s.relation[1]]
+        if not hosts and s.relation[0] == "behind" and not s.where.keys() & set(s.relation[1]): hosts = s.before    # four firs behind
         for guest in s.relation[1] if len(hosts) == 1 else (): s.relate(guest, s.relation[0], hosts[0])
     s.relation = None
 
@@ -753,6 +802,8 @@ def _separate(s, i, kind, word, *rest):
     if s.relation and s.relation[0] == "between" and word == "and": return
     after = s.items[i+1] if i + 1 < len(s.items) else ("stop",)
     s.denied = (s.denied or s.link == "denied") and (word in ("or", "nor") or s.link == "denied" and after[0] in _NAMES and not after[3])
+    if s.relation and s.relation[1] is None and not s.subject and s.before and s.items[i-1][0] == "relation":
+        s.scope, s.relation = (s.relation[0], s.before[-1]), None           # Below, on the left, is a flower
     s.also = s.relation[0] if s.relation and after[0] == "relation" else None   # behind and left of a box
     if not s.also: _close(s)
     if s.subject: s.last = s.subject[-1]
