@@ -167,7 +167,7 @@ _COUNTS = _table("""
 """)
 _SIDES = _table("""
 left: left, left hand, leftmost, lefthand
-middle: middle, centre, center, central, centered, centred, centermost, centrally, midst
+middle: middle, centre stage, center stage, centre, center, central, centered, centred, centermost, centrally, midst
 right: right, right hand, rightmost, righthand
 """)
 
@@ -250,7 +250,7 @@ carrying: carries, carrying, carry, supports, supporting
 under: under, underneath, beneath, right under, directly under
 below: below, straight below, somewhere below, just below, right below, directly below
 next to: next to, at the foot of, hard by, a step from, neighbouring, beside of, beside, near, by, close to, alongside, adjacent to, right next to, right beside, besides, leaning on, leaning against, leans on,
-    leans against, by the side of, at the side of, close by, near to, directly next to, just next to, just beside, directly beside, nearby, very close
+    leans against, lean against, lean on, by the side of, at the side of, close by, near to, directly next to, just next to, just beside, directly beside, nearby, very close
     to, side by side with
 between: between, in between, among, amongst
 """)
@@ -279,7 +279,7 @@ horizon sky skies sun sunshine cloud clouds ground floor water rest everything a
 bows collars lining rock rocks stone stones bush bushes earth planet planets satellite skyline blocks flakes skirting lamp fence path dashes people
 person nobody bands""".split()
 _GROUNDS = set("sky skies air ground floor water path".split())
-_FILLER = set("""dull mustard pastel bare tiled dashed diagonal believe guess suppose spacious blank blazing gleaming glowing glossy matt matte rough sturdy tidy
+_FILLER = set("""bold dull mustard pastel bare tiled dashed diagonal believe guess suppose spacious blank blazing gleaming glowing glossy matt matte rough sturdy tidy
 clean dirty dusty rusty chubby plump fat slim slender skinny curious sleepy sad smiling grinning elegant fancy graceful cosy cozy stylised stylized curly
 frayed opened closed overhead ahead direction coming probably nearly anywhere sight texture dominated upside scratchy brush strokes watery wash slope plain arranged shopping sloping comic graphics chunky grainy engraving engraved
 etched noisy missing somebody taken up everywhere watches watching landed yes long short morning afternoon daybreak dawn today wears gets getting got
@@ -523,7 +523,7 @@ def _phrases(tokens):
         elif kind == "unread":
             p.unread.append(value)
             before = tokens[i-2] if i > 1 else (None,)
-            if before[0] in _NAMES and value[-1:] == "s" and not value.endswith("ss") or before[0] in _NAMES and before[2] and after not in _NAMES: p.add("is", "is")   # a snail creeps
+            if before[0] in _NAMES and value[-1:] == "s" and not value.endswith("ss") or before[0] in _NAMES and before[2] and after not in _NAMES: p.add("is", value)   # a snail creeps
             elif not (p.items and not p.det and not p.run and p.items[-1][0] in _NAMES and value.endswith(("ing", "ed"))): p.strange = True
         elif kind in _SETTING:
             joined = after in _LOOKS or after in _NAMES
@@ -670,7 +670,7 @@ def _name(s, i, kind, noun, looks, det):
         for g, host in itertools.product(guests, hosts): s.relate(g, word, host); s.relate(g, s.also, host)
         s.also = None
         s.cluster, s.relation = [*guests, noun], s.relation if word == "between" else None
-    elif not s.subject or noun in s.subject or s.link == "stop" or s.link == "and" and (s.verb or s.whole):
+    elif not s.subject or noun in s.subject or s.link == "stop" or s.link == "and" and (s.verb or s.whole or noun in s.seen[:-1]):
         s.cluster = [*s.cluster, noun] if s.subject and s.there else [noun]
         s.earlier += s.subject
         s.subject, s.verb, s.whole, s.its = [noun], False, False, None
@@ -728,9 +728,10 @@ def _position(s, i, kind, side, looks, det):
 def _relation(s, i, kind, word, looks, det):
     "On, behind, left of: the guests stand before the word, unless it opens its part of the sentence."
     if s.denied: return
-    opens = s.alone and (not s.subject or s.fronted or _waits(s, i))
+    aside = [x[0] for x in s.items[max(0, i-2):i]] == ["join", ","] and s.comes(i, _NAMES, ("stop",))        # and, on top of a crate, an owl
+    opens = s.alone and (not s.subject or s.fronted or aside or _waits(s, i))
     pair = len(s.subject) == 2 and s.cluster == s.subject and s.link == "noun" and not s.verb and not s.there and s.topic is None
-    several = pair and word in ("behind", "in front of", "next to", "below")              # a car and a mushroom in front of a bench
+    several = pair and not s.comes(i, ("it",)) and word in ("behind", "in front of", "next to", "below")              # a car and a mushroom in front of a bench
     s.relation = (word, None if opens else s.subject[:] if several else list(s.about()) or [None])
 
 def _waits(s, i):
@@ -762,7 +763,8 @@ def _it(s, i, kind, word, looks, det):
         return
     no_host = ("part", "strange", "word", "says", "pattern") if word == "on" else ("part", "strange")
     if s.link == "with" or s.items[i-2][0] in no_host and set(guests) & {*s.subject, None}: return      # with OPEN on it
-    host = next((n for n in [*s.subject[::-1], *s.earlier[::-1], *s.before, *s.seen[::-1]] if n and n not in guests), None)
+    tops = [n for n in s.seen[::-1] if word == "under" and n not in guests and n in nouns() and nouns()[n].top][:1]    # beneath it: the table
+    host = next((n for n in [*tops, *s.subject[::-1], *s.earlier[::-1], *s.before, *s.seen[::-1]] if n and n not in guests), None)
     for g in guests: s.relate(g, word, host)
     s.cluster, s.last = [*guests, host], host
 
@@ -827,6 +829,7 @@ def _part(s, i, kind, after, looks, det):
     if s.relation and det in _ITS: _it(s, i, "it", "it", (), ""); return              # in front of its foot
     free = not (s.relation or s.link in ("prep", "with") or s.having and det not in (*_ITS, "the") or s.denied)
     if free and (after == "is" or not (s.subject or s.held or s.fronted)): _unknown(s); s.framed = kind == "frame"
+    elif free and kind == "strange" and s.link == "and" and s.alone: s.topic = [None]     # the cow is on the right, the zebra on the left
     s.relation = None
     if kind != "frame": s.strange, s.alone = True, False
     elif s.subject == [None] and after != "is": s.subject, s.strange = [], False                        # a child's drawing of
@@ -837,7 +840,8 @@ def _word(s, i, kind, word, *rest):
 
 # %% ../nbs/03b_reader.ipynb #3be00009
 @_rule("is")
-def _is(s, *item):
+def _is(s, i, kind, verb, *rest):
+    if len(s.subject) > 1 and s.link == "noun" and not s.verb and (verb or "").endswith("s"): s.earlier += s.subject[:-1]; s.subject = s.subject[-1:]   # a tree, and a dog is
     if s.subject and s.link != "which": s.last, s.topic = s.subject[-1], None if s.topic == [None] else s.topic
     s.relation, s.verb, s.link, s.strange, s.having = None, bool(s.subject), "is", False, False
 

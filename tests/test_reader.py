@@ -30,6 +30,40 @@ def facts(short):
 
 
 SENTENCES = [
+    # two hosts, two guests
+    ("a bird over a dog and an elephant", "bird; dog; elephant; bird above dog; bird above elephant"),
+    ("a car and a mushroom in front of a bench", "car; mushroom; bench; bench behind car; bench behind mushroom"),
+    # orders turned round, words that hold for a sentence
+    ("A snail is in the middle, and on the right, partly behind the snail, is a puppy.", "snail middle; dog right; dog behind snail"),
+    ("A balloon floats over a meadow. Below, on the left, is a flower, and a bowl stands on the right.", "balloon; flower left; bowl right; balloon above flower; balloon above bowl; in meadow"),
+    ("A house stands on the left, while a bus is parked further right.", "house left; bus; house left of bus"),
+    ("Two cups stand on the left, then comes a ball.", "cup 2 left; ball; cup left of ball"),
+    ("A bike leans near a bench. The bench is in the middle, and a banana stands at its right-hand side.", "bicycle; bench middle; banana; bench next to bicycle; bench left of banana"),
+    ("On a street stands a tree, and a mushroom is right next to it.", "tree; mushroom; mushroom next to tree; in street"),
+    ("A house stands in the snow; four firs behind.", "house; pine 4; pine behind house; in snow"),
+    ("A kitten sits on a table, and a hare sits beneath it.", "cat; table; rabbit; cat on table; table on rabbit"),
+    ("one pear, and, on top of a box, an owl", "pear; box; owl; owl on box"),
+    ("A fish hangs high up on the right.", "fish right"),
+    ("an elephant a bit right of the middle", "elephant middle"),
+    # verbs by their shape, words and things that are not known
+    ("A snail creeps along in the middle, and a dog is on the left.", "snail middle; dog left", "creeps"),
+    ("Two striped orange glorps lie at the left, a blue toadstool stands in the middle.", "mushroom blue middle", "glorps"),
+    ("A cow is on the right, the zebra on the left.", "cow right", "zebra"),
+    ("A snail crawls on a book, and the book is purple.", "snail; book purple; snail on book"),
+    ("A cat sits next to a dog, dull green, I believe.", "cat green; dog; cat next to dog"),
+    ("a red cat to the left of a sign, red too", "cat red; sign red; cat left of sign"),
+    ("a bowl with nothing on it or in it", "bowl"),
+    ("a sand castle", "castle"),
+    # hints
+    ("It's snowing on a cat.", "cat; in snow"),
+    ("a cat behind a cactus", "cat; in desert"),
+    ("a cat, no cactus", "cat"),
+    ("A cat stands between tree trunks.", "cat; in forest"),
+    ("a cat under the moon", "cat; night"),
+    ("a cat while a yellow sun goes down", "cat; sunset"),
+    ("Outlined in black, a cat. Red.", "cat red; outline"),
+    ("a cat outlined in black", "cat"),
+    ("A cat. Heavy dark lines.", "cat; outline"),
     # words for colours, sizes, textures, numbers
     ("a red dog", "dog red"),
     ("A CRIMSON CAT", "cat red"),
