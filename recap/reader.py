@@ -220,7 +220,7 @@ rain: rain, rainclouds, rain falls, rain is falling, falling rain, drops of rain
 fog: fog, foggy, misted, murky fog, fogbound, mist, misty, haze, hazy, in the mist, fogged, thick fog, foggy weather
 """)
 _STYLES = _table("""
-outline: linework, line work, lines in black ink, ink lines, thick ink lines, black ink lines, heavy dark lines, thick dark lines, bold dark lines,
+outline: drawn in black outline, drawn in thick black outline, in thick black outline, in black outline, in thick outline, linework, line work, lines in black ink, ink lines, thick ink lines, black ink lines, heavy dark lines, thick dark lines, bold dark lines,
     strong dark lines, strong black lines, dark lines, outline drawing, line drawing, line art, outlined, outlines, outline style, outlined style, line style, in outline, lineart, contour drawing,
     ink drawing, ink outline, drawn in outline, colouring book, coloring book, colouring page, coloring page, black and white line drawing, ink,
     inked, inky, ink sketch, ink line drawing, in ink, sketched in ink, pen drawing, drawn in pen, pen, pen and ink, contours, inky contours, ink
@@ -749,17 +749,19 @@ def _waits(s, i):
     return False
 
 @_rule("it")
-def _it(s, i, kind, word, looks, det):
+def _it(s, i, kind, it, looks, det):
     "A pronoun: the host of a relation, or what the sentence before was about."
     if not s.relation:
         if not any(s.subject) and s.link != "prep":
-            s.subject = list(s.cluster if word in ("they", "them") else s.before or s.seen[-1:]*len(s.subject))
+            s.subject = list(s.cluster if it in ("they", "them") else s.before or s.seen[-1:]*len(s.subject))
             s.last = (s.subject or [None])[-1]
         return
     (word, guests), s.relation = s.relation, None
     if guests is None:                                            # "behind it ..."
         s.last = s.its = s.its or ([n for n in s.subject if n] or s.before or [None])[-1]
         s.held, s.alone = (word, s.last), False
+        if it == "them" and len(s.cluster) == 2 and s.last in s.cluster and not any(f[0] == "count" and f[1] in s.cluster for f in s.facts):
+            s.scope = (word, next(n for n in s.cluster if n != s.last))           # a car and a bus, and above them a balloon
         return
     no_host = ("part", "strange", "word", "says", "pattern") if word == "on" else ("part", "strange")
     if s.link == "with" or s.items[i-2][0] in no_host and set(guests) & {*s.subject, None}: return      # with OPEN on it
@@ -829,6 +831,7 @@ def _part(s, i, kind, after, looks, det):
     if s.relation and det in _ITS: _it(s, i, "it", "it", (), ""); return              # in front of its foot
     free = not (s.relation or s.link in ("prep", "with") or s.having and det not in (*_ITS, "the") or s.denied)
     if free and (after == "is" or not (s.subject or s.held or s.fronted)): _unknown(s); s.framed = kind == "frame"
+    elif free and s.held and s.link == "is" and kind != "frame": s.held = None       # in front of the house stands a fence
     elif free and kind == "strange" and s.link == "and" and s.alone: s.topic = [None]     # the cow is on the right, the zebra on the left
     s.relation = None
     if kind != "frame": s.strange, s.alone = True, False

@@ -45,6 +45,8 @@ SENTENCES = [
     ("one pear, and, on top of a box, an owl", "pear; box; owl; owl on box"),
     ("A fish hangs high up on the right.", "fish right"),
     ("an elephant a bit right of the middle", "elephant middle"),
+    ("A car stands left of a bus, and above them a balloon.", "car; bus; balloon; car left of bus; balloon above car; balloon above bus"),
+    ("In front of a house stands a fence, and a dog is on the left.", "house; dog left"),
     # verbs by their shape, words and things that are not known
     ("A snail creeps along in the middle, and a dog is on the left.", "snail middle; dog left", "creeps"),
     ("Two striped orange glorps lie at the left, a blue toadstool stands in the middle.", "mushroom blue middle", "glorps"),
