@@ -278,7 +278,7 @@ eared legged handled petalled beaked tailed bellied sailed winged headed shelled
 horizon sky skies sun sunshine cloud clouds ground floor water rest everything air steam smoke tiles tile shelf curtain curtains heart hearts masts
 bows collars lining rock rocks stone stones bush bushes earth planet planets satellite skyline blocks flakes skirting lamp fence path dashes people
 person nobody bands""".split()
-_GROUNDS = set("sky skies air ground floor water path".split())
+_GROUNDS = set("sky skies ground floor water path".split())
 _FILLER = set("""bold dull mustard pastel bare tiled dashed diagonal believe guess suppose spacious blank blazing gleaming glowing glossy matt matte rough sturdy tidy
 clean dirty dusty rusty chubby plump fat slim slender skinny curious sleepy sad smiling grinning elegant fancy graceful cosy cozy stylised stylized curly
 frayed opened closed overhead ahead direction coming probably nearly anywhere sight texture dominated upside scratchy brush strokes watery wash slope plain arranged shopping sloping comic graphics chunky grainy engraving engraved
