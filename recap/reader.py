@@ -37,13 +37,13 @@ bucket: pail
 bus: coach, omnibus, school bus, minibus, double decker
 cactus: cacti
 cake: birthday cake, gateau
-car: automobile, motorcar, motor car, sedan, hatchback, vehicle car, saloon, toy car, auto
+car: jeep, taxi cab, taxicab, cab, racing car, race car, sports car, convertible, automobile, motorcar, motor car, sedan, hatchback, vehicle car, saloon, toy car, auto
 castle: fortress, fort, sand castle, sandcastle, stronghold, palace, chateau
 cat: kitty, kitten, kittie, pussycat, pussy cat, tomcat, tabby, house cat, feline, moggy
 chair: armchair, kitchen chair, dining chair, wooden chair
 clock: alarm clock, wall clock, timepiece
 cow: dairy cow, cattle, bull, calf
-cup: mug, teacup, tea cup, coffee cup, coffee mug, beaker, tea mug
+cup: coffee, steaming coffee, hot coffee, cocoa, hot cocoa, hot chocolate, espresso, cappuccino, cuppa, latte, mug, teacup, tea cup, coffee cup, coffee mug, beaker, tea mug
 dachshund: sausage dog, doxie, wiener dog, badger dog, sausage hound, weiner dog
 daisy: marguerite, oxeye
 dalmatian: dalmation
@@ -68,7 +68,7 @@ owl: barn owl
 palm: palm tree, palmtree, coconut palm, coconut tree
 penguin: emperor penguin
 pig: piglet, hog
-pine: pine tree, fir, fir tree, conifer, christmas tree, spruce, evergreen, pinetree, spruce tree, evergreen tree, conifer tree
+pine: xmas tree, larch, larch tree, yule tree, pointed tree, christmas fir, fir sapling, conical tree, needle tree, pine tree, fir, fir tree, conifer, christmas tree, spruce, evergreen, pinetree, spruce tree, evergreen tree, conifer tree
 plane: aeroplane, airplane, aircraft, jet
 poodle: toy poodle
 pufferfish: puffer fish, blowfish, blow fish, puffer, globefish
@@ -154,7 +154,7 @@ checked: checks, checked pattern, tartan pattern, gingham pattern, plaid pattern
 furry: fur, hair, fluff, fuzz, wool
 """)
 _COUNTS = _table("""
-2: 2, two, pair of, twins, duo, couple, couple of, both of the, duo of, twin
+2: 2, two, twins, duo, couple, couple of, both of the, duo of, twin
 3: 3, three, trio, threesome, trio of, group of three, threesome of
 4: 4, four, quartet, foursome, quartet of, group of four, foursome of
 5: five, group of five
@@ -165,6 +165,8 @@ _COUNTS = _table("""
 10: ten
 12: dozen, a dozen
 """)
+_PAIRS = {"2": ["pair of", "pairs of", "matching pair of", "matching pairs of"]}          # one pair of scissors is one
+_SURFACES = "look surface texture appearance finish feel".split()          # with a furry look
 _SIDES = _table("""
 left: left, left hand, leftmost, lefthand
 middle: middle, centre stage, center stage, centre, center, central, centered, centred, centermost, centrally, midst
@@ -196,16 +198,18 @@ meadow: grassy, hill, hills, hilly, green hill, green hills, grey green hills, h
 beach: sea, ocean, sea side
 street: urban, crosswalk, zebra crossing, asphalt, tarmac, buildings in the background
 desert: orange sand, red sand, orange dunes
-room: wallpaper, wallpapered, floorboards, carpet, rug, wooden floor
+room: wallpaper, wallpapered, skirting board, window sill, windowsill, fireplace
+nowhere: rug, carpet, mat, doormat, wooden floor, floorboards, parquet
+sand: sand, fine sand, pale sand, warm sand, yellow sand
 snow: snowing, snows, snowfall, falling snow, white ground, white hills, white landscape, snowy, wintry, wintery, snow covered, snowflakes, snowfall, snow drift, snowdrift
 forest: wooded, trees in the background
 mountains: mountainous, alpine, valley
 kitchen: stove, tiled floor, oven, worktop, countertop, cupboards, fridge, cooker
-moon: outer space, space, lunar, craters, crater, cratered
+moon: earthrise, planet earth, earth in the sky, earth hangs, earth in the black sky, earth above, outer space, space, lunar, craters, crater, cratered
 """)
 _HINTS = _table("""
 desert: cactus, cacti, cactuses, camel, camels
-forest: tree trunk, tree trunks, trunks of trees, bare trunks, tall trunks, pale trunks
+forest: among trees, among the trees, amongst the trees, amid the trees, amidst the trees, amid trees, in the trees, surrounded by trees, trees all around, tree trunk, tree trunks, trunks of trees, bare trunks, tall trunks, pale trunks
 night: the moon shines, the moon rises, the moon hangs, the moon up, the moon over, the moon above, under the moon
 """)
 _WEATHER = _table("""
@@ -241,10 +245,10 @@ watercolour: watery washes, painted in washes, washes of colour, washes of water
 _RELATIONS = _table("""
 on: on, right on, on top of, atop, upon, onto, on top, up on, right on top of
 inside: in, right in, inside, within, inside of, into, peeks out of, peeking out of, peeps out of, peeping out of, sticks out of, sticking out of,
-    looks out of, looking out of, peers out of, pokes out of, poking out of, pops out of
+    stick out of, stuck in, peek out of, peep out of, peer out of, peering out of, poke out of, pop out of, leans out of, leaning out of, looks out of, looking out of, peers out of, pokes out of, poking out of, pops out of
 around: containing, contains, contain, holding, holds, hold, filled with, full of, contained
 behind: behind, in back of, at the back of, right behind, just behind, partly behind, directly behind, half behind, hidden behind, partially behind
-in front of: in front of, infront of, in the front of, right in front of, directly in front of, just in front of
+in front of: before, right before, just before, in front of, infront of, in the front of, right in front of, directly in front of, just in front of
 above: above, high over, straight above, somewhere above, way above, over, up above, high above, right above, directly above, hovering over, just above, over the top of
 carrying: carries, carrying, carry, supports, supporting
 under: under, underneath, beneath, right under, directly under
@@ -277,11 +281,12 @@ nozzle tip branch branches foliage treetop canopy needles crust dial numbers cor
 eared legged handled petalled beaked tailed bellied sailed winged headed shelled lidded rimmed pedals handlebars band letters lettering text writing
 horizon sky skies sun sunshine cloud clouds ground floor water rest everything air steam smoke tiles tile shelf curtain curtains heart hearts masts
 bows collars lining rock rocks stone stones bush bushes earth planet planets satellite skyline blocks flakes skirting lamp fence path dashes people
-person nobody bands""".split()
+person nobody bands puddle puddles snowflake wave waves kerb curb doorstep""".split()
+_WOODS = "pale dark dense deep quiet thick gloomy light grey green sparse bare silent".split()           # a pale wood, but a table of pale wood
 _GROUNDS = set("sky skies ground floor water path".split())
 _FILLER = set("""bold dull mustard pastel bare tiled dashed diagonal believe guess suppose spacious blank blazing gleaming glowing glossy matt matte rough sturdy tidy
 clean dirty dusty rusty chubby plump fat slim slender skinny curious sleepy sad smiling grinning elegant fancy graceful cosy cozy stylised stylized curly
-frayed opened closed overhead ahead direction coming probably nearly anywhere sight texture dominated upside scratchy brush strokes watery wash slope plain arranged shopping sloping comic graphics chunky grainy engraving engraved
+frayed opened closed overhead ahead direction coming nearly anywhere sight texture dominated upside scratchy brush strokes watery wash slope plain arranged shopping sloping comic graphics chunky grainy engraving engraved
 etched noisy missing somebody taken up everywhere watches watching landed yes long short morning afternoon daybreak dawn today wears gets getting got
 keeps turned turning made makes making left-facing stretched waving comfortably calm tightly fairly extremely incredibly super slight slightly mostly
 partially half whole halfway across opposite towards apart away further closer nearer nearby a an the and with is are of it its there this that in on
@@ -291,7 +296,7 @@ sleeping looking facing stand all around one first other nice light cute for who
 bright dark pale deep vivid soft lovely pretty beautiful happy funny cheerful simple solid single lone alone only solitary together too well still now
 shiny wooden metal old new young friendly round coloured colored color colour coloring colouring hued tone toned patterned pattern patterns covered
 wearing decorated shaded painted drawn done illustrated rendered style styled create make draw paint give need would like i'd id can could have keep
-let let's us my you your if down do side sand sandy asphalt does did doing because think maybe perhaps something way elsewhere come comes lined
+let let's us my you your if down do side sandy asphalt does did doing because think maybe perhaps something way elsewhere come comes lined
 directly hidden hardly any darker paler lighter thick thin faint faded blurred blurry washed ragged wavy fine coarse muted loose pastel pure lit oval
 framed smooth upright grouped close overlapping overlap curled shining shines shine popped rising steaming covering popping peeks peeps hides huddle
 crawls crawling buzzes buzzing grazes graze grazing waddles strong bad heavy otherwise weather what when how who's total altogether everything
@@ -306,7 +311,7 @@ one's happens happening hangs falls falling fallen coming filled fills carefully
 looks seems seem contrast contrasting complete entire good neat classic typical traditional vintage modern art artistic artwork digital flat vector
 minimal minimalist childlike childish children child's kids hand homemade cartoon cartoonish""".split())
 _SHAPED = "shaped coloured colored themed sized like".split()
-_BODY = "coat skin body plumage".split()
+_BODY = "coat skin body plumage hide pelt".split()
 _PHRASES = _table("""
 mutual: side by side, one next to the other, one beside the other, next to one another, beside one another
 there: there is, there are, there should be, there must be, there will be, there was, there were, there has to be, there can be, there s, there
@@ -323,7 +328,8 @@ says: says, saying, reads, reading, that says, that reads, labelled, labeled, wo
     inscription
 not: without any, instead of, rather than, no other, free of, devoid of, apart from, far from, neither of, can not, other than
 after: then comes, then come, next comes, next come
-nothing: in the other direction, in the same direction, the other way, the same way, been left, is left, are left, left lying, left standing, left open, i believe, i guess, i suppose, as far as i can see, middle sized, cats and dogs, as tall as, as wide as, as high as, mid sized, taken up by, filled by, occupied by, followed by, surrounded by,
+maybe: maybe, perhaps, possibly, probably, presumably, i think, could be, might be, may be
+nothing: one or two, two or three, three or four, four or five, five or six, two to three, three to four, four to five, 2 or 3, 3 or 4, 4 or 5, in the other direction, in the same direction, the other way, the same way, been left, is left, are left, left lying, left standing, left open, i believe, i guess, i suppose, as far as i can see, middle sized, cats and dogs, as tall as, as wide as, as high as, mid sized, taken up by, filled by, occupied by, followed by, surrounded by,
     lit by, made by, seen by, drawn by, painted by, covered by, hidden by, cut off by, framed by, step by step, one by one, little by little, side by,
     all of this, all around, all over, in the style of, a lot of, lots of, plenty of, a bit of, a little bit, at the top, at the bottom, on the
     ground, on the floor, in the air, in the sky, at the back, at the front, in the background, in the foreground, in the distance, in the picture, in
@@ -370,6 +376,8 @@ def _side_words():
         for w in words:
             alone = not any(pre) and not tail and w not in ("central", "centered", "centred", "centrally")
             found[" ".join(filter(None, (*pre, w, tail)))] = ("side" if alone else "position", side)
+    for pre, mid, side in itertools.product(("", "at the", "in the", "on the", "at", "in"), ("centre", "center", "middle", "mid"), ("left", "right")):
+        found[f"{pre} {mid} {side}".strip()] = ("position", side)
     for at, its, side, tail in itertools.product(("on", "to", "at"), ("its", "their", "his", "her"), ("left", "right"), ("", " side", " hand", " hand side")):
         found[f"{at} {its} {side}{tail}"] = ("its side", f"{side} of")
     for pre, side in itertools.product(("further", "farther", "further to the", "farther to the", "more to the", "a little to the", "a bit to the", "slightly to the"), ("left", "right")):
@@ -385,17 +393,19 @@ def _lexicon():
     "All phrases and what they mean, as a tree of words; the meaning of a phrase stands under \"\"."
     lex = {w: (None, None) for w in _FILLER}
     small = {"det": _DETERMINERS, "prep": _OF, "with": _WITH, "join": _JOINS, "not": _NOT, "it": _IT, "is": _VERBS,
-             "frame": _FRAMES, "vague": _VAGUE, "part": _PARTS, "body": _BODY, "shaped": _SHAPED}
+             "frame": _FRAMES, "vague": _VAGUE, "part": {w for p in _PARTS for w in (p, _plurals(p)) if w == p or w not in _FILLER | _VERBS}, "body": _BODY, "shaped": _SHAPED}
     for kind, words in small.items(): lex |= {w: (kind, w) for w in words}
     lex |= {w: ("unread", None) for c in _COMPOUNDS for w in (c, _plurals(c))}
     tables = {"weak": (_WEAK_PLACES,), "hint": (_HINTS,), "place": (_PLACES, PLACE_NAMES, {p: [p] for p in PLACES}), "in place": (PLACE_WORDS,),
               "weather": (_WEATHER, WEATHER_WORDS, WEATHER_CLAUSES, WEATHER_TAGS), "style": (_STYLES, STYLE_NAMES, STYLE_TAGS),
-              "size": (_SIZES, SIZE_WORDS), "texture": (_TEXTURES, TEXTURE_WORDS), "pattern": (_PATTERNS,), "count": (_COUNTS,),
+              "size": (_SIZES, SIZE_WORDS), "texture": (_TEXTURES, TEXTURE_WORDS), "pattern": (_PATTERNS,), "count": (_COUNTS,), "pair": (_PAIRS,),
               "relation": (_RELATIONS, RELATION_WORDS), "colour": (_COLOURS, COLOUR_WORDS, {c: [c] for c in COLOURS})}
     for kind, several in tables.items():
         for table in several: lex |= {w: (kind, value) for value, words in table.items() for w in words}
     lex |= _noun_words() | _side_words()
     lex |= {w: (None if kind == "nothing" else kind, None) for kind, words in _PHRASES.items() for w in words}
+    lex |= {f"{the} {adj} wood": ("place", "forest") for the in ("a", "the") for adj in _WOODS}
+    lex |= {f"{w} {surface}": ("pattern", t) for t, words in {**_TEXTURES, "furry": ["furry", *_TEXTURES["furry"]]}.items() for w in words for surface in _SURFACES}
     tree = {}
     for phrase, meaning in lex.items():
         node = tree
@@ -453,6 +463,11 @@ _LETTERED = {w.lower() for w in WORDS}
 _LOOKS = {"colour", "size", "texture", "count"}
 _NAMES = {"noun", "family"}
 _SETTING = {"place", "in place", "weak", "weather", "style"}
+_END = ("stop", ".", (), "")
+
+def _points(tokens, i):
+    "\"These\" and \"those\" without a noun."
+    return tokens[i] in (("det", "these"), ("det", "those")) and _spoken(tokens, i + 1) in ("is", "stop", ",", "det", "there", "relation", "position")
 
 def _is_side_of(tokens, i):
     "Behind \"left\": does \"of\" lead to a thing (True), to the picture or a place (False), to the middle (None)? And where it ends."
@@ -461,10 +476,29 @@ def _is_side_of(tokens, i):
         kind = tokens[j][0]
         if kind == "place" and tokens[j+1:j+2] and tokens[j+1][0] in _NAMES: continue
         if kind == "part" and tokens[j][1] in _GROUNDS: break                      # the middle of the sky
-        if kind in _NAMES or kind in ("it", "part", "unread"): return True, i + 1
+        if kind in _NAMES or kind in ("it", "part", "unread") or _points(tokens, j): return True, i + 1
         if kind in ("side", "position"): return None, j + 1
         if kind not in _LOOKS and kind not in ("det", None): break
     return False, i
+
+def _spoken(tokens, i):
+    "The kind of the next token that says something."
+    return next((t[0] for t in itertools.islice(tokens, i, None) if t[0]), "stop")
+
+def _guess(tokens, i):
+    "Behind a thing without a name: where the name is in \", or maybe a bird\"."
+    maybe = False
+    for j in range(i, min(i + 6, len(tokens))):
+        kind, value = tokens[j][:2]
+        maybe = maybe or kind == "maybe"
+        if kind in _NAMES: return j if maybe else None
+        if kind not in (",", None, "maybe", "det", "bracket") and (kind, value) != ("join", "or"): return None
+
+def _akin(token, items):
+    "Is it a second name for the thing named last: of the same family?"
+    family = lambda noun: nouns()[noun].family if noun in nouns() else noun
+    last = next((item[1] for item in reversed(items) if item[0] in _NAMES), None)
+    return last and family(last) == family(token[1])
 
 class _Phrases:
     "Phrases as they are put together: looks wait in `run` for their noun, behind a determiner `det`; `strange`: among words that are not understood."
@@ -496,7 +530,11 @@ def _phrases(tokens):
     while i < n:
         (kind, value, *plural), i = tokens[i], i + 1
         after, value_after = tokens[i][:2] if i < n else ("stop", "")
-        if kind is None or kind == "shaped" or kind == "side" and after == "part": continue
+        guess = _guess(tokens, i) if kind in ("vague", "unread", "part") and p.run else None
+        if guess: p.unread += [value]*(kind == "unread"); i = guess; continue             # a small yellow animal, maybe a bird
+        if kind == "pair": kind = None if p.run[-1:] and p.run[-1][0] == "count" or ("noun", "scissors") in [t[:2] for t in tokens[i:i+5]] else "count"
+        if kind == "maybe" and (again := _guess(tokens, i - 1)) and _akin(tokens[again], p.items): i = again + 1; continue      # a fish, maybe a shark
+        if kind in (None, "maybe", "shaped") or kind == "side" and after == "part": continue
         if kind in _LOOKS:
             if kind == "count" and p.run and p.run[-1][0] != "count": p.flush()
             p.run.append((kind, value))
@@ -518,8 +556,9 @@ def _phrases(tokens):
         elif kind == "vague": p.add("strange", after) if p.det not in ("the", "this", "these", "those") else p.add("it", value)
         elif kind == "det":
             if value == "one" and p.run: p.run, p.det, p.strange = [], "a", True                       # a small one
+            elif _points(tokens, i - 1): p.flush(); p.add("it", "them" if value == "these" else value)   # left of these; those are red
             else: p.flush(); p.det = value
-        elif kind in (",", "join") and p.run and after in _LOOKS and after != "count" and value in (",", "and", "&"): pass   # red and white
+        elif kind in (",", "join") and p.run and after != "count" and _spoken(tokens, i) in _LOOKS and value in (",", "and", "&"): pass   # red and white
         elif kind == "unread":
             p.unread.append(value)
             before = tokens[i-2] if i > 1 else (None,)
@@ -592,8 +631,8 @@ class _Story:
 
 def _pass(*item): pass
 
-_END = ("stop", ".", (), "")
 _ITS = ("its", "their")
+_IT_ITEM = ("it", "it", (), "")
 _OPPOSITE = {**INVERSE, **{b: a for a, b in INVERSE.items()}}
 _RULES = {}
 
@@ -602,6 +641,8 @@ def _rule(*kinds):
     return lambda f: _RULES.update(dict.fromkeys(kinds, f)) or f
 
 # %% ../nbs/03b_reader.ipynb #8e570a7d
+_SHORE = {("object", n) for n in ("boat", "sailboat", "lighthouse", "palm")}       # with these, sand is a beach
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
     "What a text says."
@@ -616,7 +657,9 @@ def read_facts(
     story = _Story(items)
     for i, item in enumerate(items): _RULES.get(item[0], _pass)(story, i, *item)
     _RULES.get("stop", _pass)(story)
-    if story.weak and not any(f[0] == "place" for f in story.facts): story.facts.add(("place", story.weak[0]))
+    if not any(f[0] == "place" for f in story.facts):
+        weak = [w for w in story.weak if w in PLACES] or ["beach"]*("sand" in story.weak and any(f[:2] in _SHORE for f in story.facts))
+        story.facts |= {("place", w) for w in weak[:1]}
     if ("place", "moon") in story.facts: story.facts.discard(("weather", "night"))   # where it is always dark
     return Reading(frozenset(story.facts), tuple(unread))
 
@@ -641,13 +684,24 @@ def _named(kind, noun):
     family = nouns()[noun].family
     return {("object", noun)} | ({("family", family)} if family != noun else set())
 
+def _listed(items):
+    "The names that go on a list, if it ends its clause: \", a cat and an elephant.\""
+    names, last, name = [], False, False
+    for kind, value, *_ in [*items, _END]:
+        if kind in _NAMES and not name: names.append(value); name = True
+        elif name and last: return names if kind in ("stop", ",", *_SETTING) else []
+        elif (kind, value) == ("join", "and"): last, name = True, False
+        elif kind == "," and (name or not names): name = False
+        else: return []
+    return []
+
 @_rule("noun", "family")
 def _name(s, i, kind, noun, looks, det):
     "A thing with its looks: the subject, one more in a list, or the host or guest of a relation."
     if s.denied:                                                 # a denial covers what follows its thing, but "a cat without a hat on the left"
         s.relation, s.link, s.denied = None, "denied", s.denied != "without"
         return
-    if noun == "hat" and s.link == "with" and not s.relation and s.subject[-1:] == ["snowman"]: return      # a part of it
+    if s.link == "with" and not s.relation and s.subject and s.subject[-1] in (noun, {"hat": "snowman"}.get(noun)): return      # a part of it; a cup with coffee
     if s.framed: s.subject, s.relation, s.framed = [], None, False                     # the picture shows ...
     s.facts |= _named(kind, noun)
     s.tell(noun, looks)
@@ -663,14 +717,11 @@ def _name(s, i, kind, noun, looks, det):
         s.cluster = [noun, host]
     elif s.relation:
         word, guests = s.relation
-        hosts = [noun]
-        following = [*s.items[i+1:i+4], _END, _END, _END]
-        if word == "above" and following[0][:2] == ("join", "and") and following[1][0] in _NAMES and following[2][0] in ("stop", ",", *_SETTING):
-            hosts.append(following[1][1])                                               # over a dog and an elephant
+        hosts = [noun, *_listed(s.items[i+1:i+12])*(word in ("above", "below"))]             # over a dog, a cat and an elephant
         for g, host in itertools.product(guests, hosts): s.relate(g, word, host); s.relate(g, s.also, host)
         s.also = None
         s.cluster, s.relation = [*guests, noun], s.relation if word == "between" else None
-    elif not s.subject or noun in s.subject or s.link == "stop" or s.link == "and" and (s.verb or s.whole or noun in s.seen[:-1]):
+    elif not s.subject or noun in s.subject or s.link == "stop" or s.link == "is" and s.subject == [None] or s.link == "and" and (s.verb or s.whole or noun in s.seen[:-1]):
         s.cluster = [*s.cluster, noun] if s.subject and s.there else [noun]
         s.earlier += s.subject
         s.subject, s.verb, s.whole, s.its = [noun], False, False, None
@@ -731,8 +782,9 @@ def _relation(s, i, kind, word, looks, det):
     aside = [x[0] for x in s.items[max(0, i-2):i]] == ["join", ","] and s.comes(i, _NAMES, ("stop",))        # and, on top of a crate, an owl
     opens = s.alone and (not s.subject or s.fronted or aside or _waits(s, i))
     pair = len(s.subject) == 2 and s.cluster == s.subject and s.link == "noun" and not s.verb and not s.there and s.topic is None
-    several = pair and not s.comes(i, ("it",)) and word in ("behind", "in front of", "next to", "below")              # a car and a mushroom in front of a bench
-    s.relation = (word, None if opens else s.subject[:] if several else list(s.about()) or [None])
+    several = pair and (word != "behind" or s.comes(i, _NAMES)) and not s.comes(i, ("it",)) and word in ("behind", "in front of", "next to", "below")              # a car and a mushroom in front of a bench
+    listed = len(s.subject) == 3 and s.cluster == s.subject and s.link == "noun" and not s.verb and not s.there and s.items[i+1:i+2] == [_IT_ITEM]     # a sign, a cup and a ball beside it
+    s.relation = (word, None if opens else s.subject[:] if several else s.subject[1:] if listed else list(s.about()) or [None])
 
 def _waits(s, i):
     "Does the guest come after the host: \"and behind it stands a tree\"?"
@@ -753,11 +805,12 @@ def _it(s, i, kind, it, looks, det):
     "A pronoun: the host of a relation, or what the sentence before was about."
     if not s.relation:
         if not any(s.subject) and s.link != "prep":
-            s.subject = list(s.cluster if it in ("they", "them") else s.before or s.seen[-1:]*len(s.subject))
+            s.subject = list(s.cluster if it in ("they", "them") else s.seen[-1:] if it == "those" else s.before or s.seen[-1:]*len(s.subject))
             s.last = (s.subject or [None])[-1]
         return
     (word, guests), s.relation = s.relation, None
     if guests is None:                                            # "behind it ..."
+        if s.held: s.scope = s.held[:2]                             # above it, a bit to the right
         s.last = s.its = s.its or ([n for n in s.subject if n] or s.before or [None])[-1]
         s.held, s.alone = (word, s.last), False
         if it == "them" and len(s.cluster) == 2 and s.last in s.cluster and not any(f[0] == "count" and f[1] in s.cluster for f in s.facts):
@@ -791,8 +844,13 @@ def _close(s):
     if s.relation and s.relation[1]:
         hosts = [n for n in s.subject if n and n not in s.relation[1]]
         if not hosts and s.relation[0] == "behind" and not s.where.keys() & set(s.relation[1]): hosts = s.before    # four firs behind
+        if hosts and s.relation[0] == "behind" and _scenery(s, s.relation[1]): hosts = []
         for guest in s.relation[1] if len(hosts) == 1 else (): s.relate(guest, s.relation[0], hosts[0])
     s.relation = None
+
+def _scenery(s, nouns):
+    "Houses behind, without a number or an article, are the street."
+    return set(nouns) <= {"house", "building"} and not any(x[1] in nouns and (x[3] in ("a", "an", "one") or "count" in dict(x[2])) for x in s.items if x[0] in _NAMES)
 
 @_rule("unread")
 def _unread(s, *item): s.relation = None
@@ -926,18 +984,19 @@ def _own(facts):
 # %% ../nbs/03b_reader.ipynb #3be0000c
 def reader_scores(
     rows:list,   # of {"text", "facts"}; facts as lists, in one direction
-) -> dict:       # precision, recall, unread (share of words), kinds: {kind: (told, read, right)}, mistakes: Counter of (kind, read as, instead of)
+) -> dict:       # precision, recall, unread (share of words), texts: [(told, read, right)], kinds: {kind: (told, read, right)}, mistakes: Counter of (kind, read as, instead of)
     "How well the reader reads texts whose facts people wrote down, all texts together."
-    kinds, mistakes, unread, words = collections.defaultdict(lambda: [0, 0, 0]), collections.Counter(), 0, 0
+    kinds, mistakes, unread, words, texts = collections.defaultdict(lambda: [0, 0, 0]), collections.Counter(), 0, 0, []
     for row in rows:
         truth, reading = {tuple(f) for f in row["facts"]}, read_facts(row["text"])
         said = one_way(_own(same_things(_own(reading.facts), truth)))
         truth = one_way(_own(truth))
         unread, words = unread + len(reading.unread), words + len(_TOKEN.findall(row["text"]))
+        texts.append((len(truth), len(said), len(truth & said)))
         for i, facts in enumerate((truth, said, truth & said)):
             for f in facts: kinds[f[0]][i] += 1
         for f in said - truth: mistakes[f[0], " ".join(f[1:]), " ".join(next((t[1:] for t in truth - said if t[0] == f[0]), ("",)))] += 1
         for f in truth - said: mistakes[f[0], "", " ".join(f[1:])] += not any(x[0] == f[0] for x in said - truth)
     told, read, right = (sum(k[i] for k in kinds.values()) for i in range(3))
-    return {"precision": right/max(1, read), "recall": right/max(1, told), "unread": unread/max(1, words),
+    return {"precision": right/max(1, read), "recall": right/max(1, told), "unread": unread/max(1, words), "texts": texts,
             "kinds": {k: tuple(v) for k, v in kinds.items()}, "mistakes": +mistakes}
