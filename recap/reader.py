@@ -205,12 +205,13 @@ snow: snowing, snows, snowfall, falling snow, white ground, white hills, white l
 forest: wooded, trees in the background
 mountains: mountainous, alpine, valley
 kitchen: stove, tiled floor, oven, worktop, countertop, cupboards, fridge, cooker
-moon: earthrise, planet earth, earth in the sky, earth hangs, earth in the black sky, earth above, outer space, space, lunar, craters, crater, cratered
+moon: outer space, space, lunar, craters, crater, cratered
 """)
 _HINTS = _table("""
+moon: earthrise, planet earth, earth in the sky, earth hangs, earth in the black sky, earth up, earth rises
 desert: cactus, cacti, cactuses, camel, camels
 forest: among trees, among the trees, amongst the trees, amid the trees, amidst the trees, amid trees, in the trees, surrounded by trees, trees all around, tree trunk, tree trunks, trunks of trees, bare trunks, tall trunks, pale trunks
-night: the moon shines, the moon rises, the moon hangs, the moon up, the moon over, the moon above, under the moon
+night: the moon is up, the moon is out, the moon is shining, the moon is rising, the moon is in the sky, the moon in the sky, the moon is high, the moon is low, the moon is full, the moon glows, the moon stands, the moon looks, the moon peeks, the moon and stars, the moon and the stars, the moon and a few stars, the moon shines, the moon rises, the moon hangs, the moon up, the moon over, the moon above, under the moon
 """)
 _WEATHER = _table("""
 night: night, nightly, starry night, night falls, at night, by night, night time, nighttime, nightfall, under the stars, starry, starlit, moonlit, midnight, night sky, starry sky, stars,
@@ -263,7 +264,7 @@ go stays stay grows grow looks look seems seem sleeps sleep waits wait walks wal
 rises rise perches perch can will leans lean drives drive towers belongs belong remains remain would may might could""".split())
 _WITH = set("with has have having wears wearing had featuring features plus including includes bearing bears sporting".split())
 _JOINS = set("and & + while whereas then also as though although but or nor yet plus /".split())
-_NOT = set("no not without never neither nor lacks lacking cannot except minus nobody nothing none isn aren doesn wasn excluding nowhere".split())
+_NOT = set("no not without never neither nor lacks lacking cannot minus nobody nothing none isn aren doesn wasn excluding nowhere".split())
 _IT = set("it them him her he she they itself".split())
 _DETERMINERS = set("""a an the this these those some several each every another its their his
 my our your many few various any more one whose lots multiple numerous other""".split())
@@ -326,14 +327,15 @@ in order: left to right, from left to right
 in reverse: right to left, from right to left
 says: says, saying, reads, reading, that says, that reads, labelled, labeled, word, the word, written, lettered, spelling, marked, say, read, spells,
     inscription
-not: without any, instead of, rather than, no other, free of, devoid of, apart from, far from, neither of, can not, other than
+not: without any, instead of, rather than, no other, free of, devoid of, far from, neither of, can not, other than
+except: except, except for, excepting, apart from, aside from, save for, but for, with the exception of, nothing but, nothing except, nothing other than
 after: then comes, then come, next comes, next come
 maybe: maybe, perhaps, possibly, probably, presumably, i think, could be, might be, may be
 nothing: one or two, two or three, three or four, four or five, five or six, two to three, three to four, four to five, 2 or 3, 3 or 4, 4 or 5, in the other direction, in the same direction, the other way, the same way, been left, is left, are left, left lying, left standing, left open, i believe, i guess, i suppose, as far as i can see, middle sized, cats and dogs, as tall as, as wide as, as high as, mid sized, taken up by, filled by, occupied by, followed by, surrounded by,
     lit by, made by, seen by, drawn by, painted by, covered by, hidden by, cut off by, framed by, step by step, one by one, little by little, side by,
     all of this, all around, all over, in the style of, a lot of, lots of, plenty of, a bit of, a little bit, at the top, at the bottom, on the
     ground, on the floor, in the air, in the sky, at the back, at the front, in the background, in the foreground, in the distance, in the picture, in
-    the image, in this picture, in the photo, in the scene, in this image, in this scene, not only, nothing but, facing left, facing right, facing the
+    the image, in this picture, in the photo, in the scene, in this image, in this scene, not only, facing left, facing right, facing the
     left, facing the right, facing to the left, facing to the right, looking left, looking right, looking to the left, looking to the right, turned
     left, turned right, pointing left, pointing right, to the viewer, at the viewer, out of, because of, kind of, sort of, in the middle of nowhere,
     in the open, in the open air, by itself, on its own, in total, at least, in color, in colour, under the sun, in the sun, in the light, in
@@ -492,7 +494,7 @@ def _guess(tokens, i):
         kind, value = tokens[j][:2]
         maybe = maybe or kind == "maybe"
         if kind in _NAMES: return j if maybe else None
-        if kind not in (",", None, "maybe", "det", "bracket") and (kind, value) != ("join", "or"): return None
+        if kind not in (",", None, "maybe", "det", "bracket", "which") and (kind, value) != ("join", "or"): return None
 
 def _akin(token, items):
     "Is it a second name for the thing named last: of the same family?"
@@ -701,7 +703,7 @@ def _name(s, i, kind, noun, looks, det):
     if s.denied:                                                 # a denial covers what follows its thing, but "a cat without a hat on the left"
         s.relation, s.link, s.denied = None, "denied", s.denied != "without"
         return
-    if s.link == "with" and not s.relation and s.subject and s.subject[-1] in (noun, {"hat": "snowman"}.get(noun)): return      # a part of it; a cup with coffee
+    if s.link == "with" and not s.relation and s.subject and s.subject[-1] in (noun, {"hat": "snowman"}.get(noun, noun)): return      # a part of it; a cup with coffee
     if s.framed: s.subject, s.relation, s.framed = [], None, False                     # the picture shows ...
     s.facts |= _named(kind, noun)
     s.tell(noun, looks)
@@ -811,7 +813,7 @@ def _it(s, i, kind, it, looks, det):
     (word, guests), s.relation = s.relation, None
     if guests is None:                                            # "behind it ..."
         if s.held: s.scope = s.held[:2]                             # above it, a bit to the right
-        s.last = s.its = s.its or ([n for n in s.subject if n] or s.before or [None])[-1]
+        s.last = s.its = s.its or ([n for n in s.subject if n] or s.before or s.seen or [None])[-1]
         s.held, s.alone = (word, s.last), False
         if it == "them" and len(s.cluster) == 2 and s.last in s.cluster and not any(f[0] == "count" and f[1] in s.cluster for f in s.facts):
             s.scope = (word, next(n for n in s.cluster if n != s.last))           # a car and a bus, and above them a balloon
@@ -855,6 +857,11 @@ def _scenery(s, nouns):
 @_rule("unread")
 def _unread(s, *item): s.relation = None
 
+@_rule("except")
+def _except(s, *item):
+    "\"Nothing except a kite\", \"empty but for a dog\": what follows is there."
+    s.relation, s.denied, s.strange, s.topic, s.alone, s.link = None, False, False, None, True, "and"
+
 @_rule("not")
 def _not(s, i, kind, word, *rest): s.denied = word or "not"
 
@@ -874,6 +881,7 @@ def _separate(s, i, kind, word, *rest):
 @_rule(*_SETTING)
 def _setting(s, i, kind, value, *rest):
     "Place, weather, style. Looks behind them are theirs: \"as the sun sets in pink\"."
+    if kind == "weather" and s.alone and not s.subject and s.items[i+1:i+2] == [("relation", "above", (), "")]: _unknown(s)      # the moon over a house
     if kind != "in place" and s.alone and s.items[i+1:i+2] and s.items[i+1][0] == "is" and not s.relation and s.link != "prep": _unknown(s)
     s.relation, s.strange = None, True
     if s.denied: return
