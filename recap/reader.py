@@ -772,7 +772,7 @@ def _position(s, i, kind, side, looks, det):
     follows, later = s.comes(i, _NAMES), s.comes(i, _NAMES, ("stop",))
     if s.held and s.last in s.where and later: s.fronted = [side]; return            # next to it on the right there is
     if s.alone and s.verb and later and [x[0] for x in s.items[max(0, i-2):i]] == [",", "join"] and s.items[i+1][0] == ",": s.fronted = [side]; return
-    if s.alone and s.topic is None and (not s.subject or s.held or follows or s.last in s.where and later): s.fronted = [side]; return
+    if s.alone and s.topic is None and not (s.link == "is" and s.subject and s.verb) and (not s.subject or s.held or follows or s.last in s.where and later): s.fronted = [side]; return
     told, s.whole = s.about(), True
     for n in told:
         if n not in s.where or len(told) == 1: s.tell(n, [("position", side)])

@@ -62,6 +62,7 @@ SENTENCES = [
     ("no animals but for a dog and a cat", "dog; cat"),
     ("a crescent moon over a yellow house, a cat on the left", "house yellow; cat left; night"),
     ("The Earth hangs over a chair, a penguin on the left.", "chair; penguin left; in moon"),
+    ("A tiny strawberry, blue with stripes, lies to the right below a kite.", "strawberry small blue striped right; kite; kite above strawberry"),
     # scenery
     ("A cat sits among the trees.", "cat; in forest"),
     ("In a pale wood there is a cup.", "cup; in forest"),
