@@ -9,6 +9,7 @@ from recap.core import RecapError, hash_folder, project_root, read_json, write_j
 # data/foundation/NAME <- runs/foundation/FOLDER, trained by STAGE
 WEIGHTS = {"vae": ("vae/vae", "vae"), "text": ("text/text", "text"), "captioner": ("captioner", "captioner"),
            "clip_scorer": ("scorers/clip_scorer", "scorers"), "detector": ("scorers/detector", "scorers"), "denoiser": ("denoiser", "denoiser")}
+PART = {"clip_scorer": "clip", "detector": "detector"}  # of its stage's results, where one stage trains two
 KEEP = {".safetensors", ".json"}
 RECORDS = {"run.json", "results.json", "begun.json"}
 
@@ -38,7 +39,9 @@ def publish():
         made = {k: run.get(k) for k in ("page", "params", "seconds", "machine", "versions", "revision")}
         made["params"] = {k: v for k, v in run["params"].items() if k not in ("out", "threads")}
         size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
-        made |= {"hash": hash_folder(target), "megabytes": round(size/2**20, 2), "licence": "Apache-2.0", "quality": read_json(record/"results.json")}
+        found = read_json(record/"results.json")
+        if name in PART: found = {"parameters": found[PART[name]]["parameters"]} | found[PART[name]]["quality"]
+        made |= {"hash": hash_folder(target), "megabytes": round(size/2**20, 2), "licence": "Apache-2.0", "quality": found}
         write_json(target/"manifest.json", made)
         print(f"{name}: {size/2**20:.1f} MB, {made['hash']}")
 
