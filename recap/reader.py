@@ -331,7 +331,7 @@ not: without any, instead of, rather than, no other, free of, devoid of, far fro
 except: except, except for, excepting, apart from, aside from, save for, but for, with the exception of, nothing but, nothing except, nothing other than
 after: then comes, then come, next comes, next come
 maybe: maybe, perhaps, possibly, probably, presumably, i think, could be, might be, may be
-nothing: one or two, two or three, three or four, four or five, five or six, two to three, three to four, four to five, 2 or 3, 3 or 4, 4 or 5, in the other direction, in the same direction, the other way, the same way, been left, is left, are left, left lying, left standing, left open, i believe, i guess, i suppose, as far as i can see, middle sized, cats and dogs, as tall as, as wide as, as high as, mid sized, taken up by, filled by, occupied by, followed by, surrounded by,
+nothing: one or two, two or three, three or four, four or five, five or six, two to three, three to four, four to five, 2 or 3, 3 or 4, 4 or 5, in the other direction, in the same direction, the other way, the same way, been left, left lying, left standing, left open, i believe, i guess, i suppose, as far as i can see, middle sized, cats and dogs, as tall as, as wide as, as high as, mid sized, taken up by, filled by, occupied by, followed by, surrounded by,
     lit by, made by, seen by, drawn by, painted by, covered by, hidden by, cut off by, framed by, step by step, one by one, little by little, side by,
     all of this, all around, all over, in the style of, a lot of, lots of, plenty of, a bit of, a little bit, at the top, at the bottom, on the
     ground, on the floor, in the air, in the sky, at the back, at the front, in the background, in the foreground, in the distance, in the picture, in

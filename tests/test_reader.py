@@ -30,6 +30,9 @@ def facts(short):
 
 
 SENTENCES = [
+    ("The boat is left of the house.", "boat; house; boat left of house"),
+    ("Two cats are left of a tree", "cat 2; tree; cat left of tree"),
+    ("The cup is right of the dog.", "cup; dog; dog left of cup"),
     # lists, guesses, numbers that are none, pointers
     ("A shark flies above a ladybird, a dog and an apple in a room.", "shark; ladybird; dog; apple; shark above ladybird; shark above dog; shark above apple; in room"),
     ("a shark above a ladybird, a dog and an apple on a chair", "shark; ladybird; dog; apple; chair; shark above ladybird; apple on chair"),
