@@ -440,7 +440,9 @@ class FolderCorpus(Corpus):
     def text(self, name) -> str:
         "The text that came with a file."
         beside = self._beside.get(os.path.splitext(name)[0])
-        return read_sidecar(self.root/beside) if beside else self._columns["alt"].get(name, "")
+        if not beside: return self._columns["alt"].get(name, "")
+        try: return read_sidecar(self.root/beside)
+        except OSError as e: self.warn(f"{plain_text(beside)} cannot be read ({e.strerror}), so its picture has no text"); return ""
 
     def sources(self, shard) -> list[Source]:
         "The pictures of one shard with their texts."
@@ -451,7 +453,11 @@ class FolderCorpus(Corpus):
 
     def shard_hash(self, shard) -> str:
         "Identity of a shard's pictures: names and lengths of the files."
-        return hashlib.sha256(json.dumps([(plain_text(n), (self.root/n).stat().st_size) for n in self.names(shard)]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([(plain_text(n), _length(self.root/n)) for n in self.names(shard)]).encode()).hexdigest()[:16]
+
+def _length(path:Path) -> int: # bytes; -1 if it cannot be reached, a link to nothing for one
+    try: return path.stat().st_size
+    except OSError: return -1
 
 # %% ../nbs/04_corpus.ipynb #cffd41e9
 @dataclass(frozen=True)

@@ -324,6 +324,18 @@ def _(home):
     assert done["empty"] == 2 and done["changed"] > 3
 
 
+def test_a_link_to_nothing_is_named_and_the_rest_goes_on(tmp_path):
+    files(tmp_path/"in", **{"a.png": picture(), "a.txt": "of a", "c.png": picture()})
+    for name in ("b.png", "c.txt"): (tmp_path/"in"/name).symlink_to(tmp_path/"nowhere")
+    corpus, found, faults = read(tmp_path/"in")
+    assert [k for _, k in found] == ["a.png", "c.png"] and faults == {("00000", "b.png"): "unreadable"} and corpus.warnings[-1].startswith("c.txt cannot be read")
+    corpus.write_captions("dsc", "00000", [dict(key="a.png", caption="ours")])
+    assert corpus.has_captions("dsc", "00000")
+    for to in ("webdataset", "imagefolder"):
+        done = convert_corpus(tmp_path/"in", to, tmp_path/to)
+        assert (done["images"], done["skipped"]) == (2, {"unreadable": 1})
+
+
 @pytest.mark.parametrize("number", range(1, 21), ids=lambda n: f"{n}: {ROWS[n][0]}")
 def test_fault(number, tmp_path):
     (tmp_path/"home").mkdir()
