@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'CAPTION_SCHEMA', 'METADATA_NAMES', 'WRITERS', 'SHARD_SCHEMA', 'TRUTH_SCHEMA', 'plain_text',
-           'index_tar', 'Source', 'Sample', 'Fault', 'write_caption_table', 'caption_note', 'Corpus', 'TarCorpus',
-           'is_image_name', 'tar_sources', 'read_metadata', 'one_line', 'read_sidecar', 'list_folder', 'folder_texts',
-           'FolderCorpus', 'CorpusConfig', 'world_scene', 'world_sample', 'pack_tar', 'pack_parquet', 'world_shard',
-           'world_version', 'world_state', 'settle', 'draw_part', 'start_part', 'draw_shards', 'make_world',
-           'toy_corpus', 'open_corpus']
+           'decode_text', 'index_tar', 'Source', 'Sample', 'Fault', 'write_caption_table', 'caption_note', 'Corpus',
+           'TarCorpus', 'is_image_name', 'tar_sources', 'read_metadata', 'one_line', 'read_sidecar', 'list_folder',
+           'folder_texts', 'FolderCorpus', 'CorpusConfig', 'world_scene', 'world_sample', 'pack_tar', 'pack_parquet',
+           'world_shard', 'world_version', 'world_state', 'settle', 'draw_part', 'start_part', 'draw_shards',
+           'make_world', 'toy_corpus', 'open_corpus']
 
 # %% ../nbs/04_corpus.ipynb #37bcc607
 import csv, hashlib, inspect, io, json, os, re, shutil, subprocess, sys, tarfile, tempfile
@@ -31,6 +31,18 @@ def plain_text(text:str) -> str:
     "Text that can be stored as UTF-8: bytes of a file name that are no UTF-8, and halves of characters, are spelled out."
     try: return text.encode("utf8", "surrogateescape").decode("utf8", "backslashreplace")
     except UnicodeEncodeError: return text.encode("utf8", "replace").decode("utf8")
+
+def decode_text(
+    data:bytes,
+    odd=None,   # called if it is neither UTF-8 nor begins like UTF-16
+) -> str:
+    "The text in these bytes; what is no Unicode is taken for Windows' Latin letters, of which any byte is one."
+    for encoding in ["utf8"] + ["utf-16"]*(data[:2] in (b"\xff\xfe", b"\xfe\xff")):
+        try: return data.decode(encoding)
+        except UnicodeDecodeError: pass
+    if odd: odd()
+    try: return data.decode("cp1252")
+    except UnicodeDecodeError: return data.decode("latin1")
 
 IMAGE_SUFFIXES = set("jpg jpeg jpe jfif png webp gif bmp tif tiff apng avif heic heif ppm pgm jp2 tga ico".split())
 
@@ -119,14 +131,16 @@ class Corpus:
     def __init__(self, path, captions_dir=None):
         self.path = Path(path)
         self.captions_dir = Path(captions_dir) if captions_dir else self.path/"captions"
-        self._faults, self._warnings, self.lost, self.on_fault = {}, {}, Counter(), None
+        self._faults, self._warnings, self._odd, self.lost, self.on_fault = {}, {}, {}, Counter(), None
 
     def __repr__(self): return f"{type(self).__name__}({self.kind}, {self.size} images in {len(self.shards)} shards, captions: {', '.join(self.styles())})"
 
     @property
     def faults(self) -> list: return [self._faults[k] for k in sorted(self._faults)]
     @property
-    def warnings(self) -> list: return list(self._warnings)
+    def warnings(self) -> list:
+        some = ", ".join(list(self._odd)[:3]) + ", ..."*(len(self._odd) > 3)
+        return [*self._warnings, *([f"{len(self._odd)} texts are no UTF-8 and were read as Windows-1252 ({some})"] if self._odd else [])]
 
     def _note(self, notes, name, value):
         notes[name] = value
@@ -141,6 +155,7 @@ class Corpus:
         if self.on_fault: self.on_fault(self._faults[shard, key])
 
     def warn(self, text): self._note(self._warnings, text, True)
+    def odd(self, name): self._odd[name] = True   # a text that is no UTF-8
     def inside(self, style, shard) -> dict: return {}   # columns that came with the pictures: {key: text}
     def inside_styles(self) -> list: return []
 
@@ -286,11 +301,12 @@ def is_image_name(name:str) -> bool: return name.rpartition(".")[2].lower() in I
 def _tar_text(
     file,       # the tar, open
     parts:dict, # suffix -> (offset, bytes) of one sample
+    odd=None,   # called if it is no UTF-8
 ) -> str:       # "" if there is none
     "The text of a sample that no parquet lists: its .txt, or the caption in its .json."
     def part(suffix): file.seek(parts[suffix][0]); return file.read(parts[suffix][1])
-    if "txt" in parts: return part("txt").decode("utf8", "replace")
-    try: return plain_text(str(json.loads(part("json")).get("caption") or ""))
+    if "txt" in parts: return decode_text(part("txt"), odd)
+    try: return plain_text(str(json.loads(decode_text(part("json"), odd).removeprefix("\ufeff")).get("caption") or ""))
     except (KeyError, ValueError, AttributeError): return ""
 
 # %% ../nbs/04_corpus.ipynb #7c25e177
@@ -309,7 +325,7 @@ def tar_sources(
             images = [s for s in parts if s.rpartition(".")[2] in IMAGE_SUFFIXES]
             if not images: corpus.fault(shard, key, "no image in the sample", ", ".join(parts)); continue
             if len(images) > 1: corpus.warn(f"{shard}: {key} has {len(images)} images; the first is used")
-            found.append(Source(key, path, *parts[images[0]], texts[key] if key in texts else _tar_text(file, parts)))
+            found.append(Source(key, path, *parts[images[0]], texts[key] if key in texts else _tar_text(file, parts, lambda: corpus.odd(f"{shard}/{key}"))))
     for p in problems:
         corpus.warn(f"{shard}: {p}; {len(found)} samples are whole")
         if "twice" not in p: corpus.fault(shard, "", "damaged tar", p)
@@ -320,18 +336,29 @@ def tar_sources(
 # %% ../nbs/04_corpus.ipynb #1e7d7e8e
 def _metadata_rows(
     path:Path,    # metadata.jsonl, .csv or .parquet
+    odd=None,     # told the number of each line that is no UTF-8
 ) -> Iterator[dict]:
     "The rows of an imagefolder's metadata file, one by one."
     if path.suffix == ".parquet":
         with pq.ParquetFile(path) as table:
             for batch in table.iter_batches(1000): yield from batch.to_pylist()
     else:
-        with open(path, newline="\n" if path.suffix == ".jsonl" else "", encoding="utf-8-sig") as f:
-            yield from csv.DictReader(f) if path.suffix == ".csv" else (json.loads(line) for line in f if line.strip())
+        lines = _text_lines(path, odd)
+        yield from csv.DictReader(lines) if path.suffix == ".csv" else (json.loads(line) for line in lines if line.strip())
+
+def _text_lines(path:Path, odd=None) -> Iterator[str]:
+    "The lines of a file with their ends, each decoded by itself: one that is no UTF-8 does not spoil the others."
+    with open(path, "rb") as f:
+        wide = f.read(2) in (b"\xff\xfe", b"\xfe\xff")
+        f.seek(0)
+        for n, line in enumerate([f.read()] if wide else f, 1):
+            text = decode_text(line, odd and (lambda: odd(n)))
+            yield from io.StringIO(text.removeprefix("\ufeff") if n == 1 else text, newline="" if path.suffix == ".csv" else "\n")
 
 # %% ../nbs/04_corpus.ipynb #ca69efd7
 def read_metadata(
     path:Path,                 # metadata.jsonl, .csv or .parquet
+    odd=None,                  # told the number of each line that is no UTF-8
 ) -> dict[str, dict]:          # column -> {file name relative to the file: text}; "alt" is always there
     "The captions of an imagefolder's metadata file."
     columns, main = {"alt": {}}, None
@@ -341,7 +368,7 @@ def read_metadata(
             at = columns.setdefault(next(s for s in free if columns.get(s, {}).get(name, text) in ("", text)), {})
             at[name] = text
     try:
-        for row in _metadata_rows(path):
+        for row in _metadata_rows(path, odd):
             name = os.path.normpath(str(row.pop("file_name")))
             main = main or next((c for c in ("text", "caption", "prompt") if c in row), None) or next((c for c, v in row.items() if isinstance(v, str)), None)
             put("alt", name, row.pop(main, None) or "")
@@ -357,9 +384,12 @@ def one_line(text:str) -> str:
     "A text without line ends, byte order marks and runs of white space."
     return " ".join(text.replace("\ufeff", "").split())
 
-def read_sidecar(path:Path) -> str:
+def read_sidecar(
+    path:Path,
+    odd=None,   # called if it is no UTF-8
+) -> str:
     "The text beside a picture, as one line."
-    return one_line(path.read_text(encoding="utf-8-sig", errors="replace"))
+    return one_line(decode_text(path.read_bytes(), odd))
 
 # %% ../nbs/04_corpus.ipynb #21832464
 def _begins_like_an_image(path:Path) -> bool:
@@ -389,13 +419,14 @@ def folder_texts(
     images:list,   # paths relative to it
     others:list,   # the same of all other files
     warn,          # told what is odd
+    odd=None,      # told each text that is no UTF-8
 ) -> tuple[str, dict, dict]: # kind; column -> {relative path: text}; image's path without suffix -> path of its text file
     "Find the texts that belong to the images of a folder, and by which convention."
     tables = [p for p in others if os.path.basename(p) in METADATA_NAMES]
     for p in _misnamed(others): warn(f"{p} is not read; the name must be {', '.join(METADATA_NAMES)}")
     columns, names = {"alt": {}}, set(images)
     for p in tables:
-        for style, texts in read_metadata(root/p).items():
+        for style, texts in read_metadata(root/p, odd and (lambda n: odd(f"{plain_text(p)} line {n}"))).items():
             for name, text in texts.items():
                 at = os.path.normpath(os.path.join(os.path.dirname(p), name))
                 columns.setdefault(style, {})[at if at in names else at.replace("\\", "/")] = text
@@ -424,7 +455,7 @@ class FolderCorpus(Corpus):
         else:
             self._names, others = list_folder(self.root)
             self.misnamed = _misnamed(others)
-            self.kind, self._columns, self._beside = folder_texts(self.root, self._names, others, self.warn)
+            self.kind, self._columns, self._beside = folder_texts(self.root, self._names, others, self.warn, self.odd)
         if not self._names: raise RecapError(f"{path}: no images; expected .tar shards, or files such as .jpg and .png")
         self._per, self.size = shard_size, len(self._names)
         self.shards = [f"{i:05d}" for i in range(-(-self.size//shard_size))]
@@ -441,7 +472,7 @@ class FolderCorpus(Corpus):
         "The text that came with a file."
         beside = self._beside.get(os.path.splitext(name)[0])
         if not beside: return self._columns["alt"].get(name, "")
-        try: return read_sidecar(self.root/beside)
+        try: return read_sidecar(self.root/beside, lambda: self.odd(plain_text(beside)))
         except OSError as e: self.warn(f"{plain_text(beside)} cannot be read ({e.strerror}), so its picture has no text"); return ""
 
     def sources(self, shard) -> list[Source]:

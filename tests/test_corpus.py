@@ -7,7 +7,7 @@ from PIL import Image
 
 from recap.core import RecapError, project_root
 from recap.corpus import CorpusConfig, index_tar, make_world, open_corpus, write_caption_table
-from recap.formats import inspect_corpus
+from recap.formats import inspect_corpus, validate_corpus
 from recap.pictures import BadImage, decode_image, to_rgb
 from recap.world import facts_of, render, visible_scene
 
@@ -253,6 +253,23 @@ def test_names_and_texts_that_are_no_utf8(tmp_path):
     assert [(s.key, s.alt) for s in read_all(corpus)] == [("a.png", "half ?"), ("caf\\xe9.png", "")]
     corpus.write_captions("dsc", "00000", [dict(key=k, caption=c or "none") for (_, k), c in corpus.captions().items()])
     assert list(corpus.captions("dsc").values()) == ["half ?", "none"]
+
+
+@pytest.mark.parametrize("code, odd", [("utf8", 0), ("utf-8-sig", 0), ("utf-16", 0), ("cp1252", 1), ("latin1", 1)])
+def test_texts_in_other_encodings(tmp_path, code, odd):
+    text = "café\x81" if code == "latin1" else "café “à la carte”" if code == "cp1252" else "café 猫"
+    line = json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False)
+    folder(tmp_path/"side", **{"a.png": png(), "a.txt": text.encode(code)})
+    folder(tmp_path/"json", **{"a.png": png(), "metadata.jsonl": line.encode(code)})
+    folder(tmp_path/"csv", **{"a.png": png(), "metadata.csv": f"file_name,text\r\na.png,{text}\r\n".encode(code)})
+    (tmp_path/"tar").mkdir()
+    tar_of(tmp_path/"tar"/"00000.tar", sample("a", "")[:1] + [("a.txt", text.encode(code)), ("b.png", png()), ("b.json", json.dumps({"caption": text}, ensure_ascii=False).encode(code))])
+    for kind in ("side", "json", "csv", "tar"):
+        corpus = open_corpus(tmp_path/kind)
+        assert {t.removeprefix("\ufeff") for t in corpus.captions().values()} == {text}, kind
+        found = validate_corpus(tmp_path/kind)
+        assert len(found["warnings"]) == odd and found["ok"], kind
+        if odd: assert {"side": "a.txt", "json": "metadata.jsonl line 1", "csv": "metadata.csv line 2", "tar": "2 texts"}[kind] in found["warnings"][0]
 
 
 @pytest.mark.parametrize("make, said", [(lambda p: p/"nothing", "does not exist"), (lambda p: p, "no images")])

@@ -313,7 +313,8 @@ def _(home):
     texts = {"a": b"\xef\xbb\xbfa cat\r\n", "b": b"a cat\nasleep\n", "c": b"\r\n\r\n", "d": b"a\tcat  asleep", "e": "caf\xe9".encode("latin1")}
     files(home/"in", **{f"{k}.png": picture() for k in texts}, **{f"{k}.txt": t for k, t in texts.items()})
     corpus = open_corpus(home/"in")
-    assert list(corpus.captions().values()) == ["a cat", "a cat asleep", "", "a cat asleep", "caf\ufffd"]   # stripped on reading
+    assert list(corpus.captions().values()) == ["a cat", "a cat asleep", "", "a cat asleep", "café"]   # stripped on reading
+    assert corpus.warnings == ["1 texts are no UTF-8 and were read as Windows-1252 (e.txt)"]
     shard(home/"tar", sum((parts(f"{i:02d}", t) for i, t in enumerate(HOSTILE)), []))
     done = convert_corpus(home/"tar", "sidecar", home/"out")                                                  # one line on writing
     for i, text in enumerate(HOSTILE):
