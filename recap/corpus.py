@@ -337,14 +337,23 @@ def tar_sources(
 def _metadata_rows(
     path:Path,    # metadata.jsonl, .csv or .parquet
     odd=None,     # told the number of each line that is no UTF-8
-) -> Iterator[dict]:
+) -> Iterator[tuple]: # line (of a parquet: row), from 1 on; the row, or what is wrong with it
     "The rows of an imagefolder's metadata file, one by one."
     if path.suffix == ".parquet":
-        with pq.ParquetFile(path) as table:
-            for batch in table.iter_batches(1000): yield from batch.to_pylist()
-    else:
-        lines = _text_lines(path, odd)
-        yield from csv.DictReader(lines) if path.suffix == ".csv" else (json.loads(line) for line in lines if line.strip())
+        with pq.ParquetFile(path) as table: yield from enumerate((r for batch in table.iter_batches(1000) for r in batch.to_pylist()), 1)
+        return
+    if path.suffix == ".jsonl":
+        for n, line in enumerate(_text_lines(path, odd), 1):
+            try: row = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as e: row = e
+            if line.strip(): yield n, row
+        return
+    table = csv.DictReader(_text_lines(path, odd))
+    while True:
+        try: row = next(table)
+        except StopIteration: return
+        except csv.Error as e: row = e
+        yield table.reader.line_num, row
 
 def _text_lines(path:Path, odd=None) -> Iterator[str]:
     "The lines of a file with their ends, each decoded by itself: one that is no UTF-8 does not spoil the others."
@@ -359,23 +368,30 @@ def _text_lines(path:Path, odd=None) -> Iterator[str]:
 def read_metadata(
     path:Path,                 # metadata.jsonl, .csv or .parquet
     odd=None,                  # told the number of each line that is no UTF-8
+    bad=None,                  # told the number of each row that cannot be used, and why
 ) -> dict[str, dict]:          # column -> {file name relative to the file: text}; "alt" is always there
     "The captions of an imagefolder's metadata file."
-    columns, main = {"alt": {}}, None
+    columns, main, good, wrong = {"alt": {}}, None, 0, ""
     def put(style, name, texts):
         for text in [plain_text(t) for t in (texts if isinstance(texts, list) else [texts]) if isinstance(t, str)]:
             free = (f"{style}_{i}" if i > 1 else style for i in range(1, 1000))
             at = columns.setdefault(next(s for s in free if columns.get(s, {}).get(name, text) in ("", text)), {})
             at[name] = text
     try:
-        for row in _metadata_rows(path, odd):
-            name = os.path.normpath(str(row.pop("file_name")))
+        for n, row in _metadata_rows(path, odd):
+            if not isinstance(row, dict) or row.get("file_name") in (None, ""):
+                why = f"{type(row).__name__}: {row}" if isinstance(row, Exception) else "no file_name"
+                wrong = wrong or f"line {n}: {why}"
+                if bad: bad(n, why)
+                continue
+            good, name = good + 1, os.path.normpath(str(row.pop("file_name")))
             main = main or next((c for c in ("text", "caption", "prompt") if c in row), None) or next((c for c, v in row.items() if isinstance(v, str)), None)
             put("alt", name, row.pop(main, None) or "")
             for column, texts in row.items():
                 if column and texts is not None and re.fullmatch(r"[A-Za-z0-9][\w-]*", column): put(column, name, texts)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, pa.ArrowException, csv.Error) as e:
         raise RecapError(f"{path}: cannot be read as captions, each row needs file_name and text ({type(e).__name__}: {e})") from None
+    if wrong and not good: raise RecapError(f"{path}: no row can be read, each needs file_name and text ({wrong})")
     numbers = lambda texts: path.suffix == ".csv" and all(re.fullmatch(r"[\d.eE+-]+", t) for t in texts.values())   # csv has no types
     return {s: t for s, t in columns.items() if s == "alt" or not numbers(t)}
 
@@ -420,13 +436,15 @@ def folder_texts(
     others:list,   # the same of all other files
     warn,          # told what is odd
     odd=None,      # told each text that is no UTF-8
+    bad=None,      # told each row of a metadata file that cannot be used, and why
 ) -> tuple[str, dict, dict]: # kind; column -> {relative path: text}; image's path without suffix -> path of its text file
     "Find the texts that belong to the images of a folder, and by which convention."
     tables = [p for p in others if os.path.basename(p) in METADATA_NAMES]
     for p in _misnamed(others): warn(f"{p} is not read; the name must be {', '.join(METADATA_NAMES)}")
     columns, names = {"alt": {}}, set(images)
     for p in tables:
-        for style, texts in read_metadata(root/p, odd and (lambda n: odd(f"{plain_text(p)} line {n}"))).items():
+        line = lambda n: f"{plain_text(p)} line {n}"
+        for style, texts in read_metadata(root/p, odd and (lambda n: odd(line(n))), bad and (lambda n, why: bad(line(n), why))).items():
             for name, text in texts.items():
                 at = os.path.normpath(os.path.join(os.path.dirname(p), name))
                 columns.setdefault(style, {})[at if at in names else at.replace("\\", "/")] = text
@@ -455,7 +473,7 @@ class FolderCorpus(Corpus):
         else:
             self._names, others = list_folder(self.root)
             self.misnamed = _misnamed(others)
-            self.kind, self._columns, self._beside = folder_texts(self.root, self._names, others, self.warn, self.odd)
+            self.kind, self._columns, self._beside = folder_texts(self.root, self._names, others, self.warn, self.odd, lambda row, why: self.fault("", row, "unreadable row", why))
         if not self._names: raise RecapError(f"{path}: no images; expected .tar shards, or files such as .jpg and .png")
         self._per, self.size = shard_size, len(self._names)
         self.shards = [f"{i:05d}" for i in range(-(-self.size//shard_size))]

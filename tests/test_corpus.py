@@ -239,6 +239,24 @@ def test_metadata_in_csv_parquet_and_misnamed(tmp_path):
     with pytest.raises(RecapError, match="file_name"): open_corpus(tmp_path)
 
 
+def test_a_bad_row_does_not_take_the_others_along(tmp_path):
+    good = [json.dumps({"file_name": f"{k}.png", "text": f"of {k}"}) for k in "ab"]
+    bad = ["{cut", '{"text": "no name"}', "[1, 2]", "null", "[" * 100_000, '{"file_name": null, "text": "x"}']
+    folder(tmp_path, **{"a.png": png(), "b.png": png(), "metadata.jsonl": "\n".join([good[0], *bad, "", good[1]])})
+    corpus = open_corpus(tmp_path)
+    assert list(corpus.captions().values()) == ["of a", "of b"] and corpus.lost == {"unreadable row": len(bad)}
+    assert [f.key for f in corpus.faults] == [f"metadata.jsonl line {i}" for i in range(2, 2 + len(bad))]
+    found = validate_corpus(tmp_path)
+    assert not found["ok"] and found["lost"] == {"unreadable row": len(bad)} and found["images"] == 2
+    (tmp_path/"metadata.jsonl").write_text("\n".join(bad))
+    with pytest.raises(RecapError, match="no row can be read.*line 1") as e: open_corpus(tmp_path)
+    assert "\n" not in str(e.value)
+    (tmp_path/"metadata.jsonl").unlink()
+    (tmp_path/"metadata.csv").write_text(f"file_name,text\na.png,of a\n,nameless\nb.png,{'x'*200_000}\nb.png,of b\n")
+    corpus = open_corpus(tmp_path)
+    assert list(corpus.captions().values()) == ["of a", "of b"] and [f.key for f in corpus.faults] == ["metadata.csv line 3", "metadata.csv line 4"]
+
+
 def test_sidecars(tmp_path):
     folder(tmp_path, **{"a.PNG": png(), "a.txt": b"\xef\xbb\xbfa cat\r\n", "b.jpeg": png(), "b.caption": "wrong suffix, right content", "c.webp": b"", ".hidden.png": png(), "notes.md": "x"})
     corpus = open_corpus(tmp_path)
