@@ -321,6 +321,7 @@ def _marked_key(name:str, source:str, most:int) -> str:
 
 # %% ../nbs/04a_formats.ipynb #c683eae4
 TARGETS = ("webdataset", "imagefolder", "sidecar", "open_clip")
+_CLIP_READS = ("png", "jpg", "jpeg", "webp")   # suffixes; its loader leaves out all others
 
 @dataclass(frozen=True)
 class Plan:
@@ -414,7 +415,7 @@ def write_shard(
         for p in parcels:
             row = _parquet_row(p, main)
             rows.append(row)
-            notes.append(_written(p, p.name))
+            notes.append(_written(p, p.name, suffix=p.look.suffix))
             if p.look.bad: continue
             told = row | ({s: p.texts[s] for s in plan.styles} if plan.to == "open_clip" else {})
             for s in tables: tables[s].append(dict(key=p.name, caption=p.texts[s], model=""))
@@ -481,7 +482,7 @@ def _read_lines(path:Path) -> Iterator[dict]:
 
 def _finish_folder(plan:Plan, out:Path, work:Path) -> dict:
     "Turn the notes of the batches into the files that go with the corpus; count."
-    counts, skipped = Counter(), Counter()
+    counts, skipped, unread = Counter(), Counter(), Counter()
     with ExitStack() as stack:
         files = {}
         def say(name, **row):
@@ -496,8 +497,10 @@ def _finish_folder(plan:Plan, out:Path, work:Path) -> dict:
                 counts["renamed"] += 1
                 say("keys.jsonl", key=name, source_shard=note["shard"], source_key=key)
             if plan.to == "imagefolder": say("metadata.jsonl", file_name=name, **note["texts"])
+            if plan.to == "open_clip" and note.get("suffix", "png") not in _CLIP_READS: unread[note["suffix"]] += 1
             counts.update(images=1, changed=note.get("changed", False), empty=note.get("empty", False))
     done = {k: counts[k] for k in ("images", "renamed", "changed", "empty")} | {"skipped": dict(skipped)}
+    if unread: done["warnings"] = [f"open_clip reads {', '.join(_CLIP_READS)} and drops the rest in silence: " + ", ".join(f"{n} {s}" for s, n in unread.most_common())]
     write_json(work/"done.json", done)
     for path in work.glob("*.jsonl"): path.unlink()
     return done
@@ -546,7 +549,7 @@ def convert_corpus(
         work = _prepare_folder(out, plan)
         done = read_json(work/"done.json") if (work/"done.json").exists() else _fill_folder(corpus, plan, out, work, threads)
     finally: unlock_folder(out)
-    return dict(path=str(corpus.path), kind=corpus.kind, to=to, out=str(out), styles=list(plan.styles), **done, warnings=corpus.warnings)
+    return dict(path=str(corpus.path), kind=corpus.kind, to=to, out=str(out), styles=list(plan.styles), **(done | {"warnings": corpus.warnings + done.get("warnings", [])}))
 
 # %% ../nbs/04a_formats.ipynb #7307a4b4
 def _fill_folder(corpus:Corpus, plan:Plan, out:Path, work:Path, threads:int) -> dict:

@@ -151,6 +151,14 @@ def test_webdataset_reads_what_we_write(tmp_path):
         assert Image.open(io.BytesIO(next(sample[s] for s in ("png", "jpg", "webp") if s in sample))).size == (40, 24)
 
 
+def test_what_open_clip_would_drop_is_told(tmp_path):
+    files(tmp_path/"in", **{f"{f}.{s}": picture(format=f) for f, s in (("PNG", "png"), ("GIF", "jpg"), ("TIFF", "tif"), ("BMP", "bmp"))}, **{"g2.gif": picture(format="GIF")})
+    done = convert_corpus(tmp_path/"in", "open_clip", tmp_path/"out", shard_size=2)
+    assert done["images"] == 5 and done["warnings"] == ["open_clip reads png, jpg, jpeg, webp and drops the rest in silence: 2 gif, 1 bmp, 1 tif"]
+    assert convert_corpus(tmp_path/"in", "open_clip", tmp_path/"out", shard_size=2) == done
+    assert convert_corpus(tmp_path/"in", "webdataset", tmp_path/"tars")["warnings"] == []
+
+
 def test_tables_and_stats_are_img2datasets(tmp_path):
     files(tmp_path/"in", **{"a.png": picture(), "b.jpg": b"<html>", "c.webp": picture(format="WEBP"), "a.txt": "of a"})
     done = convert_corpus(tmp_path/"in", "webdataset", tmp_path/"out")
