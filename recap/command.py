@@ -154,7 +154,7 @@ def inspect(
 @corpus_app.command()
 def validate(
     path:Path=typer.Argument(help="shards, an imagefolder, a folder of images, or one image"),
-    quarantine:Path=typer.Option(None, help="file for what is wrong; by default quarantine.jsonl beside the pictures"),
+    quarantine:Path=typer.Option(None, help="file for what is wrong; by default validate.jsonl beside the pictures"),
     json_:bool=typer.Option(False, "--json", help="for programs"),
 ):
     "Check every picture and every caption; exit code 1 if anything is lost."

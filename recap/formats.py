@@ -254,13 +254,13 @@ def check_columns(
 # %% ../nbs/04a_formats.ipynb #6e3189ab
 def validate_corpus(
     path,             # as for open_corpus, or a Corpus
-    quarantine=None,  # file for what is wrong; by default quarantine.jsonl beside the pictures
+    quarantine=None,  # file for what is wrong; by default validate.jsonl beside the pictures
     threads:int=2,    # that decode
 ) -> dict:            # images that are whole, lost ones by reason, warnings
     "Check a whole corpus."
     corpus = path if isinstance(path, Corpus) else open_corpus(path)
     home, images, lost, gaps = getattr(corpus, "root", None) or corpus.folder, 0, Counter(), Counter()
-    with Quarantine(quarantine or home/"quarantine.jsonl", required=quarantine is not None) as out:
+    with Quarantine(quarantine or home/"validate.jsonl", required=quarantine is not None) as out:
         def tell(shard, key, reason, detail=""):
             lost[reason] += 1
             out.write(shard, key, reason, detail)

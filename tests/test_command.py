@@ -75,7 +75,7 @@ def test_corpus_commands(root, tmp_path):
     for i in range(3): Image.new("RGB", (32, 24), (90*i, 90, 90)).save(tmp_path/"in"/f"{i}.png")
     (tmp_path/"in"/"0.txt").write_text("a grey field")
     fine = recap(root, "corpus", "validate", tmp_path/"in")
-    assert (fine.returncode, fine.stderr) == (0, "") and not (tmp_path/"in"/"quarantine.jsonl").exists()
+    assert (fine.returncode, fine.stderr) == (0, "") and not (tmp_path/"in"/"validate.jsonl").exists()
     (tmp_path/"in"/"3.jpg").write_text("<html>")
     lost = recap(root, "corpus", "validate", tmp_path/"in", "--json", "--quarantine", tmp_path/"q.jsonl")
     assert (lost.returncode, lost.stderr, json.loads(lost.stdout)["lost"]) == (1, "", {"HTML page": 1})     # an answer, not a failure

@@ -333,10 +333,21 @@ def test_columns_are_matched_with_the_pictures(tmp_path):
 
 def test_the_quarantine_file(tmp_path):
     files(tmp_path/"in", **{"a.png": picture(), "b.png": b"<html>"})
-    assert reasons(tmp_path/"in", quarantine=tmp_path/"else.jsonl") == {("00000", "b.png"): "HTML page"} and not (tmp_path/"in"/"quarantine.jsonl").exists()
+    assert reasons(tmp_path/"in", quarantine=tmp_path/"else.jsonl") == {("00000", "b.png"): "HTML page"} and not (tmp_path/"in"/"validate.jsonl").exists()
     assert reasons(tmp_path/"in") == {("00000", "b.png"): "HTML page"}
     (tmp_path/"in"/"b.png").write_bytes(picture())
-    assert reasons(tmp_path/"in") == {} and (tmp_path/"in"/"quarantine.jsonl").read_text() == ""
+    assert reasons(tmp_path/"in") == {} and (tmp_path/"in"/"validate.jsonl").read_text() == ""
+
+
+def test_what_convert_left_out_stays_on_record(tmp_path):
+    files(tmp_path/"in", **{"a.png": picture(), "b.png": b"<html>"})
+    for to in ("webdataset", "imagefolder"):
+        convert_corpus(tmp_path/"in", to, tmp_path/to)
+        record = (tmp_path/to/"quarantine.jsonl").read_bytes()
+        assert reasons(tmp_path/to) == {} and b"b.png" in record
+        (tmp_path/to/"more.jpg").write_bytes(b"")
+        validate_corpus(tmp_path/to)
+        assert (tmp_path/to/"quarantine.jsonl").read_bytes() == record
 
 
 def test_a_corpus_that_cannot_be_written_to(tmp_path, monkeypatch):
