@@ -31,7 +31,7 @@ def run_command(
         code = app(args, prog_name="recap", standalone_mode=False) or 0
         if code != 130: return code
         said = STOPPED
-    except RecapError as e: said, code = str(e), 2
+    except RecapError as e: said, code = str(e), getattr(e, "code", 2)
     except (KeyboardInterrupt, typer.Abort): said, code = STOPPED, 130
     except BrokenPipeError: return 0
     except Exception as e:

@@ -9,7 +9,7 @@ __all__ = ['TARGETS', 'Look', 'look_at', 'look_through', 'clip_tokens', 'quantil
            'convert_corpus']
 
 # %% ../nbs/04a_formats.ipynb #0130704e
-import gzip, hashlib, importlib.util, json, os, re, unicodedata
+import gzip, hashlib, importlib.util, json, os, re, shutil, unicodedata
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -480,6 +480,21 @@ def _read_lines(path:Path) -> Iterator[dict]:
     if not path.exists(): return
     with open(path, encoding="utf8", newline="\n") as f: yield from map(json.loads, f)
 
+class _NoPicture(RecapError):
+    "Nothing of a corpus can be read: a fault of the corpus, not of what was asked."
+    code = 1   # of the command
+
+def _nothing_read(plan:Plan, out:Path, work:Path, skipped:Counter) -> _NoPicture:
+    "Remove the shards without a picture that were written, and say why."
+    for number in (p.stem.removeprefix("notes-") for p in work.glob("notes-*.jsonl")):
+        for path in [*(out/f"{number}{end}" for end in (".tar", ".parquet", "_stats.json")), *(out/"captions"/s/f"{number}.parquet" for s in plan.styles)]: path.unlink(missing_ok=True)
+    for folder in [*(out/"captions"/s for s in plan.styles), out/"captions"]:
+        if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
+    shutil.rmtree(work)
+    (out/"quarantine.jsonl").unlink(missing_ok=True)
+    reasons = ", ".join(f"{n} {r}" for r, n in skipped.most_common())
+    return _NoPicture(f"no picture can be read ({reasons or 'there is none'}), so nothing was written to {out}; `recap corpus validate` names each")
+
 def _finish_folder(plan:Plan, out:Path, work:Path) -> dict:
     "Turn the notes of the batches into the files that go with the corpus; count."
     counts, skipped, unread = Counter(), Counter(), Counter()
@@ -499,6 +514,7 @@ def _finish_folder(plan:Plan, out:Path, work:Path) -> dict:
             if plan.to == "imagefolder": say("metadata.jsonl", file_name=name, **note["texts"])
             if plan.to == "open_clip" and note.get("suffix", "png") not in _CLIP_READS: unread[note["suffix"]] += 1
             counts.update(images=1, changed=note.get("changed", False), empty=note.get("empty", False))
+    if not counts["images"]: raise _nothing_read(plan, out, work, skipped)
     done = {k: counts[k] for k in ("images", "renamed", "changed", "empty")} | {"skipped": dict(skipped)}
     if unread: done["warnings"] = [f"open_clip reads {', '.join(_CLIP_READS)} and drops the rest in silence: " + ", ".join(f"{n} {s}" for s, n in unread.most_common())]
     write_json(work/"done.json", done)

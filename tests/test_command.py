@@ -84,6 +84,9 @@ def test_corpus_commands(root, tmp_path):
     assert seen.returncode == 0 and "images: 3" in seen.stdout and Image.open(tmp_path/"sheet.png").width > 400
     done = recap(root, "corpus", "convert", tmp_path/"in", "--to", "imagefolder", "--out", tmp_path/"out", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["skipped"] == {"HTML page": 1} and (tmp_path/"out"/"metadata.jsonl").exists()
+    (tmp_path/"bad").mkdir(); (tmp_path/"bad"/"3.jpg").write_text("<html>")
+    none = recap(root, "corpus", "convert", tmp_path/"bad", "--to", "open_clip", "--out", tmp_path/"none")
+    assert (none.returncode, none.stdout, none.stderr.count("\n")) == (1, "", 1) and "no picture can be read (1 HTML page)" in none.stderr
     one_line(recap(root, "corpus", "convert", tmp_path/"in", "--to", "webdatset", "--out", tmp_path/"x"), "did you mean 'webdataset'")
     one_line(recap(root, "corpus", "convert", tmp_path/"in", "--to", "sidecar", "--out", tmp_path/"in"/"x"), "never changed")
     one_line(recap(root, "corpus", "inspect", tmp_path/"in", "--style", "dsc"), "no captions of style 'dsc'")

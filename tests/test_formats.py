@@ -263,6 +263,19 @@ def test_a_finished_conversion_is_not_done_again(tmp_path):
     with pytest.raises(RecapError, match="source"): convert_corpus(corpus, "imagefolder", tmp_path/"out", shard_size=2)
 
 
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_corpus_without_a_picture_that_can_be_read(tmp_path, to):
+    files(tmp_path/"in", **{"a.png": b"<html>", "b.jpg": b"", "c.png": b"<html>", "a.txt": "of a"})
+    (tmp_path/"in"/"d.png").symlink_to(tmp_path/"nowhere")
+    corpus = open_corpus(tmp_path/"in")
+    corpus.write_captions("dsc", "00000", [dict(key="a.png", caption="ours")])
+    for _ in range(2):
+        with pytest.raises(RecapError, match=r"no picture can be read \(2 HTML page, 1 empty file, 1 unreadable\)") as e: convert_corpus(tmp_path/"in", to, tmp_path/"out", shard_size=3)
+        assert e.value.code == 1 and [p.name for p in (tmp_path/"out").rglob("*")] in ([], [".lock"])
+    (tmp_path/"in"/"b.jpg").write_bytes(picture())
+    assert convert_corpus(tmp_path/"in", to, tmp_path/"out")["images"] == 1
+
+
 def tree(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
 
 
