@@ -25,7 +25,7 @@ STOPPED = "interrupted; what was finished is kept, the same command continues"
 
 def run_command(
     args:list[str], # what stands after `recap`
-) -> int:           # exit code: 0 done, 1 a fault of ours, 2 a mistake in what was asked, 130 interrupted
+) -> int:           # exit code: 0 done, 1 a fault of ours or of a file, 2 a mistake in what was asked, 130 interrupted
     "Run one command and turn whatever happens into a line and an exit code."
     try:
         code = app(args, prog_name="recap", standalone_mode=False) or 0
@@ -201,15 +201,19 @@ def caption(
     captioner:str=typer.Option("", help="folder of a captioner"),
 ):
     "Caption pictures and print the captions."
-    pictures = []
     from recap.corpus import BadImage, decode_image
-    for p in images:
-        if not p.is_file(): raise RecapError(f"{p} is not a file; `recap relabel` captions a folder")
-        try: pictures.append(decode_image(p.read_bytes()))
-        except BadImage as e: raise RecapError(f"{p} is not a picture that can be read: {e.reason}") from None
+    pictures, bad = {}, {}   # by place in the list
+    for i, p in enumerate(images):
+        if not p.is_file(): bad[i] = f"{p} is not a file; `recap relabel` captions a folder"; continue
+        try: pictures[i] = decode_image(p.read_bytes())
+        except BadImage as e: bad[i] = f"{p} is not a picture that can be read: {e.reason}"
+        except OSError as e: bad[i] = f"{p} cannot be read: {e.strerror}"
+    if not pictures: raise RecapError("; ".join(bad.values()))
     from recap.relabel import Scribe, ask, check_styles
     if style: check_styles(style)
-    for p, row in zip(images, ask(Scribe(captioner, style), pictures, style)): print(f"{p}: {row['caption']}")
+    for i, row in zip(pictures, ask(Scribe(captioner, style), list(pictures.values()), style)): print(f"{images[i]}: {row['caption']}")
+    for said in bad.values(): print(f"recap: {said}", file=sys.stderr)
+    return int(bool(bad))
 
 # %% ../nbs/28_command.ipynb #4cb6561e
 @app.command()

@@ -115,6 +115,22 @@ def test_relabel_mistakes(root, tmp_path):
     assert not (tmp_path/"o").exists()
 
 
+@needs("relabel", "captioner")
+def test_caption_does_what_it_can(tmp_path, monkeypatch, capsys):
+    import recap.relabel
+    from recap.command import run_command
+    monkeypatch.setattr(recap.relabel, "Scribe", lambda captioner, style: None)
+    monkeypatch.setattr(recap.relabel, "ask", lambda scribe, pictures, style: [{"caption": f"{p.width} wide"} for p in pictures])
+    for n in (8, 9): Image.new("RGB", (n, 8)).save(tmp_path/f"{n}.png")
+    (tmp_path/"bad.jpg").write_text("<html>"); (tmp_path/"gone.png").symlink_to(tmp_path/"nowhere")
+    names = [str(tmp_path/n) for n in ("8.png", "bad.jpg", "gone.png", "9.png")]
+    assert run_command(["caption", *names]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f"{names[0]}: 8 wide", f"{names[3]}: 9 wide"]
+    assert [l.split(" is ")[0] for l in err.splitlines()] == [f"recap: {n}" for n in names[1:3]] and "HTML page" in err
+    assert run_command(["caption", names[0]]) == 0 and run_command(["caption", *names[1:3]]) == 2
+
+
 @needs("finetune")
 @pytest.mark.skipif(not (ROOT/"data/foundation/captioner").is_dir(), reason="foundation weights missing: captioner")
 def test_a_corpus_without_captions(root, tmp_path):
