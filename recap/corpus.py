@@ -524,6 +524,7 @@ class CorpusConfig(Config):
 
     def __post_init__(self):
         for part in self.world.split("+"): WorldConfig.parse(part)
+        if 0 < self.width < 8: raise RecapError(f"corpus: width={self.width} must be between 8 and 4096, or 0 for a square")
         for name, low, top in (("n", 1, 10**9), ("size", 8, 4096), ("width", 0, 4096), ("shard_size", 1, 10_000), ("workers", 1, 256)):
             if not low <= getattr(self, name) <= top: raise RecapError(f"corpus: {name}={getattr(self, name)} must be between {low} and {top}")
         if bad := sorted(set(self.styles) - set(WRITERS)):

@@ -191,6 +191,7 @@ def inspect_corpus(
     threads:int=2,    # that decode
 ) -> dict:            # counts, and the names of what is wrong
     "Read a whole corpus and say what is in it."
+    if sheet: _check_file(sheet, ".png")
     corpus = path if isinstance(path, Corpus) else open_corpus(path)
     _check_style(corpus, style)
     columns = {s: ColumnStatistics() for s in corpus.styles()}
@@ -215,6 +216,11 @@ def inspect_corpus(
 def _check_style(corpus:Corpus, style:str):
     "Refuse a column that is not there."
     if style not in corpus.styles(): raise RecapError(f"{corpus.path} has no captions of style {style!r}{nearest(style, corpus.styles())}; it has {', '.join(corpus.styles())}")
+
+def _check_file(path, suffix:str=""):
+    "Refuse a place that cannot take the file, before an hour of reading."
+    if Path(path).is_dir(): raise RecapError(f"{path} is a folder: name a file in it")
+    if suffix and Path(path).suffix.lower() != suffix: raise RecapError(f"{path}: the sheet is a PNG, so its name must end in {suffix}")
 
 def _side_quantiles(sizes:Counter) -> dict: # of (width, height)
     "Widths and heights that 10, 50 and 90 % of the pictures do not exceed, and the largest."
@@ -258,6 +264,7 @@ def validate_corpus(
     threads:int=2,    # that decode
 ) -> dict:            # images that are whole, lost ones by reason, warnings
     "Check a whole corpus."
+    if quarantine: _check_file(quarantine)
     corpus = path if isinstance(path, Corpus) else open_corpus(path)
     home, images, lost, gaps = getattr(corpus, "root", None) or corpus.folder, 0, Counter(), Counter()
     with Quarantine(quarantine or home/"validate.jsonl", required=quarantine is not None) as out:

@@ -84,6 +84,9 @@ def test_corpus_commands(root, tmp_path):
     assert seen.returncode == 0 and "images: 3" in seen.stdout and Image.open(tmp_path/"sheet.png").width > 400
     done = recap(root, "corpus", "convert", tmp_path/"in", "--to", "imagefolder", "--out", tmp_path/"out", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["skipped"] == {"HTML page": 1} and (tmp_path/"out"/"metadata.jsonl").exists()
+    one_line(recap(root, "corpus", "inspect", tmp_path/"in", "--sheet", tmp_path/"sheet.jpg"), "must end in .png")
+    one_line(recap(root, "corpus", "inspect", tmp_path/"in", "--sheet", tmp_path), "is a folder")
+    one_line(recap(root, "corpus", "validate", tmp_path/"in", "--quarantine", tmp_path), "is a folder")
     (tmp_path/"bad").mkdir(); (tmp_path/"bad"/"3.jpg").write_text("<html>")
     none = recap(root, "corpus", "convert", tmp_path/"bad", "--to", "open_clip", "--out", tmp_path/"none")
     assert (none.returncode, none.stdout, none.stderr.count("\n")) == (1, "", 1) and "no picture can be read (1 HTML page)" in none.stderr

@@ -411,7 +411,7 @@ def test_other_settings_are_refused_or_start_over(tmp_path):
     with pytest.raises(RecapError, match="not made here"): make_world(CorpusConfig(n=3), tmp_path, overwrite=True)
 
 
-@pytest.mark.parametrize("bad, said", [(dict(n=0), "n=0"), (dict(split="dev"), "dev"), (dict(truth_styles="haiku"), "haiku"), (dict(world="easy,nouns=999"), "nouns"), (dict(world="hard"), "hard"), (dict(workers=0), "workers"), (dict(pictures=3), "pictures")])
+@pytest.mark.parametrize("bad, said", [(dict(n=0), "n=0"), (dict(split="dev"), "dev"), (dict(truth_styles="haiku"), "haiku"), (dict(world="easy,nouns=999"), "nouns"), (dict(world="hard"), "hard"), (dict(workers=0), "workers"), (dict(width=3), "width=3 must be between 8 and 4096, or 0"), (dict(width=-1), "width=-1"), (dict(pictures=3), "pictures")])
 def test_bad_settings_are_one_line(bad, said):
     with pytest.raises(RecapError, match=said) as e: CorpusConfig.from_dict(bad)
     assert "\n" not in str(e.value)
