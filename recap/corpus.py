@@ -46,12 +46,16 @@ def decode_text(
 
 IMAGE_SUFFIXES = set("jpg jpeg jpe jfif png webp gif bmp tif tiff apng avif heic heif ppm pgm jp2 tga ico".split())
 
+def _length(path:Path) -> int: # bytes; -1 if it cannot be reached, a link to nothing for one
+    try: return path.stat().st_size
+    except OSError: return -1
+
 def index_tar(
     path:Path,                # a .tar file, whole or damaged
 ) -> tuple[dict, list[str]]:  # {key: {suffix: (offset, bytes)}} in the order of the file; what is wrong with it
     "Where each sample's parts lie in a shard. Parts that are cut off are left out."
-    members, doubled, problems, end = {}, {}, [], path.stat().st_size
-    if not end: return {}, ["the tar is empty"]
+    members, doubled, problems, end = {}, {}, [], _length(path)
+    if end < 1: return {}, ["the tar is empty" if end == 0 else "the tar cannot be reached"]
     try:
         with tarfile.open(path, "r:") as tar:
             for m in tar:
@@ -259,7 +263,7 @@ class TarCorpus(Corpus):
 
     def shard_hash(self, shard) -> str:
         "Identity of a shard's pictures: its size and what its maker wrote beside it."
-        h = hashlib.sha256(str((self.folder/f"{shard}.tar").stat().st_size).encode())
+        h = hashlib.sha256(str(_length(self.folder/f"{shard}.tar")).encode())
         for beside in (f"{shard}.parquet", f"{shard}_stats.json"):
             if (self.folder/beside).exists(): h.update((self.folder/beside).read_bytes())
         return h.hexdigest()[:16]
@@ -319,7 +323,7 @@ def tar_sources(
     members, problems = index_tar(path)
     texts, stats, found = corpus.texts(shard), corpus.stats(shard), []
     lost = sorted(set(texts) - set(members))
-    with open(path, "rb") as file:
+    with open(path, "rb") if members else io.BytesIO() as file:
         for key in list(members):
             parts = members.pop(key)   # one list grows, the other shrinks
             images = [s for s in parts if s.rpartition(".")[2] in IMAGE_SUFFIXES]
@@ -503,10 +507,6 @@ class FolderCorpus(Corpus):
     def shard_hash(self, shard) -> str:
         "Identity of a shard's pictures: names and lengths of the files."
         return hashlib.sha256(json.dumps([(plain_text(n), _length(self.root/n)) for n in self.names(shard)]).encode()).hexdigest()[:16]
-
-def _length(path:Path) -> int: # bytes; -1 if it cannot be reached, a link to nothing for one
-    try: return path.stat().st_size
-    except OSError: return -1
 
 # %% ../nbs/04_corpus.ipynb #cffd41e9
 @dataclass(frozen=True)

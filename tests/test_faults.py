@@ -335,6 +335,11 @@ def test_a_link_to_nothing_is_named_and_the_rest_goes_on(tmp_path):
     for to in ("webdataset", "imagefolder"):
         done = convert_corpus(tmp_path/"in", to, tmp_path/to)
         assert (done["images"], done["skipped"]) == (2, {"unreadable": 1})
+    shard(tmp_path/"tars", samples("a"), "00001")
+    (tmp_path/"tars"/"00000.tar").symlink_to(tmp_path/"nowhere")
+    corpus, found, faults = read(tmp_path/"tars")
+    assert found == [("00001", "a")] and faults == {("00000", ""): "damaged tar"} and "cannot be reached" in corpus.warnings[0]
+    assert convert_corpus(tmp_path/"tars", "imagefolder", tmp_path/"out")["images"] == 1
 
 
 @pytest.mark.parametrize("number", range(1, 21), ids=lambda n: f"{n}: {ROWS[n][0]}")
