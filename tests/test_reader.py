@@ -30,6 +30,8 @@ def facts(short):
 
 
 SENTENCES = [
+    ("Little yellow flowers in the grass, a black mug", "cup black; in meadow"),
+    ("Two houses and a tree", "house 2; tree"),
     ("The boat is left of the house.", "boat; house; boat left of house"),
     ("Two cats are left of a tree", "cat 2; tree; cat left of tree"),
     ("The cup is right of the dog.", "cup; dog; dog left of cup"),
@@ -42,7 +44,7 @@ SENTENCES = [
     ("two black bushes, or perhaps flowers", "flower black 2"),
     ("an orange fish - maybe a shark - and a cat", "fish orange; cat"),
     ("a dog, a cat and maybe a bird", "dog; cat; bird"),
-    ("four or five fir trees, a cat", "pine; cat"),
+    ("four or five fir trees, a cat", "cat"),
     ("two to three cats", "cat"),
     ("two pairs of black checked scissors", "scissors black checked 2"),
     ("a pair of green scissors and a pair of blue cups", "scissors green; cup blue 2"),
@@ -58,7 +60,7 @@ SENTENCES = [
     ("A bench stands at the centre left.", "bench left"),
     ("a purple thing that might be an apple", "apple purple"),
     ("Snow falls on two red chairs. Behind them, to the right, stands a tree.", "chair red 2; tree right; tree behind chair; in snow"),
-    ("Snow falls on a wintry landscape with a few firs at the back.", "pine; in snow"),
+    ("Snow falls on a wintry landscape with a few firs at the back.", "in snow"),
     ("The moon is up and a cat sits on a bench.", "cat; bench; cat on bench; night"),
     ("There is nothing here except a pink kite.", "kite pink"),
     ("The street is empty apart from a red car on the left.", "car red left; in street"),
@@ -75,7 +77,7 @@ SENTENCES = [
     ("a cactus and a sailboat on the sand", "sailboat; in desert"),
     ("A cat sits on a rug.", "cat"),
     ("A cat sits on the wooden floor of a kitchen.", "cat; in kitchen"),
-    ("A cat sits on the left, pale houses behind.", "cat left; house"),
+    ("A cat sits on the left, pale houses behind.", "cat left"),
     ("a cat, a house behind", "cat; house; house behind cat"),
     # two hosts, two guests
     ("a bird over a dog and an elephant", "bird; dog; elephant; bird above dog; bird above elephant"),
