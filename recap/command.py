@@ -223,7 +223,7 @@ def sample(
     n:int=typer.Option(8, help="pictures"),
     grid:Path=typer.Option("sample.png", help="where the grid goes"),
     seed:int=typer.Option(0, help="of the first picture; the others count up"),
-    guidance_scale:float=typer.Option(3.0),
+    guidance_scale:float=typer.Option(5.0),
     num_inference_steps:int=typer.Option(20),
 ):
     "Paint a prompt several times and save a grid."

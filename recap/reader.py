@@ -545,8 +545,8 @@ def _phrases(tokens):
             if kind == "count" and after == "prep" and tokens[i+1:i+2] and tokens[i+1][0] == "it": p.add("count of", None, p.run); i += 2   # three of them
         elif kind == "side" and value == "middle" and (p.run or p.det in ("a", "its")): p.add("part", after, (), p.det)   # with a brown centre
         elif kind in ("side", "word") and (after in _NAMES or after in _LOOKS): p.run.append(("position" if kind == "side" else kind, value))   # the left cat, an OPEN sign
-        elif kind in _NAMES and plural[0] and value in _SCENERY and p.det in ("", "few", "a few", "a") and not any(k == "count" for k, _ in p.run):
-            p.add("part", after, (), p.det)                                          # a few pale firs, houses with lit windows: scenery
+        elif kind in _NAMES and plural[0] and value in _SCENERY and p.det in ("", "a", "few") and not any(k == "count" for k, _ in p.run):
+            p.add("part", after, (), p.det)                                          # a row of firs, houses with lit windows: scenery
         elif kind in _NAMES:
             modifies = after in _NAMES or after == "shaped" and i + 1 < n and tokens[i+1][0] in _NAMES
             if plural[0] or not modifies: p.add(kind, value, p.run, p.det)                              # but a toy car is a car

@@ -4,13 +4,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from recap import scorers as sc
 from recap.core import RecapError, foundation, keyed_rng, keyed_torch, read_json
 from recap.drawing import COLOURS, nouns
 from recap.reader import read_facts
-from recap.world import INVERSE, KINDS, WORLDS, Scene, Thing, WorldConfig, facts_of, render, sample_scene, visible_scene
+from recap.world import KINDS, WORLDS, Scene, Thing, WorldConfig, facts_of, render, sample_scene, visible_scene
 
 VOCAB, POSITIONS = sc.Vocabulary.of_world(), sc.POSITION_NAMES
 

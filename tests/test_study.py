@@ -3,11 +3,10 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, borrow, one_line, recap, study_ready
+from conftest import borrow, one_line, recap, study_ready
 from test_runs import alive, start, wait_for
 
 
