@@ -300,7 +300,7 @@ def stats(self:TarCorpus, shard:str) -> dict:
     return said if isinstance(said, dict) else {}
 
 # %% ../nbs/04_corpus.ipynb #cf6138f7
-def is_image_name(name:str) -> bool: return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+def is_image_name(name:str) -> bool: return os.path.splitext(name)[1][1:].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 def _tar_text(
     file,       # the tar, open

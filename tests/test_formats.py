@@ -85,6 +85,7 @@ often = settings(max_examples=int(os.environ.get("RECAP_EXAMPLES", 30)), deadlin
 @example(rows=[(f"k{i}", t, t) for i, t in enumerate(HOSTILE[6:])])
 @example(rows=[(k, k, k) for k in ("../x", "..", "a/../../b", "a", "A", "22.05", "22_05", "n\x00l", "x"*300, "猫"*60, "con.", " lead")])
 @example(rows=[(k, k, k) for k in ("a.png", "a.jpg", "a", "captions/x", "metadata", "__hidden", ".dot", "metadata.jsonl", "keys.jsonl")])
+@example(rows=[(k, k, k) for k in ("", "0", "PNG", "jpg")])   # a name that reads like a suffix is a name
 def test_any_key_and_any_text_comes_back(to, rows):
     with tempfile.TemporaryDirectory() as home, contextlib.redirect_stderr(io.StringIO()):
         home = Path(home)
