@@ -24,7 +24,7 @@ from .world import render, scenes_of, visible_scene
 # %% ../nbs/08_captioner.ipynb #feb6c3fb
 SIZES = {  # width, heads, then the layers of the image tower, text tower and decoder
     "tiny":   dict(width=64, heads=2, vision=2, text=1, decoder=1, mlp_ratio=2.),
-    "sprite": dict(width=192, heads=3, vision=4, text=1, decoder=1, mlp_ratio=3.),
+    "sprite": dict(width=192, heads=3, vision=4, text=1, decoder=2, mlp_ratio=3.),
 }
 
 def captioner_config(
