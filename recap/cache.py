@@ -48,7 +48,7 @@ def cache_texts(corpus, shard, style, columns, encoder, text_hash, out):
     filled = [i for i, c in enumerate(captions) if c.strip()]
     lengths, parts = torch.zeros(len(keys), dtype=torch.int32), []
     if filled:
-        states, mask = encoder.encode([captions[i] for i in filled], truncate=True)
+        states, mask = encoder.encode([captions[i] for i in filled], policy="truncate")
         for i, s, m in zip(filled, states, mask): lengths[i] = int(m.sum()); parts.append(s[m].half())
     _save(path, {"values": torch.cat(parts) if parts else torch.zeros(0, encoder.width, dtype=torch.half), "lengths": lengths}, made_by=made_by)
     return True
@@ -76,7 +76,7 @@ def build_cache(
     for s in styles:
         if s not in corpus.styles(): raise RecapError(f"{cfg.corpus}: no caption column {s!r} (there are: {', '.join(corpus.styles()) or 'none'}); `recap relabel` writes one")
     columns = {s: corpus.captions(s) for s in styles}
-    over = {s: sum(len(e.ids) >= encoder.max_tokens for e in encoder.tokenizer.encode_batch([c or "" for c in columns[s].values()])) for s in styles}
+    over = {s: encoder.tokens([c or "" for c in columns[s].values()], "truncate")[1].over for s in styles}
     for shard in progress(corpus.shards, len(corpus.shards), "encoding"):
         cache_pictures(corpus, shard, vae, hashes["vae"], cfg.size, out)
         for s in styles: cache_texts(corpus, shard, s, columns[s], encoder, hashes["text"], out)
