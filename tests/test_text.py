@@ -230,7 +230,7 @@ def test_states_that_overflow_are_refused(tmp_path):
 @pytest.mark.skipif(not importlib.util.find_spec("sentencepiece"), reason="the package sentencepiece is not installed")
 def test_spiece_model_gives_the_numbers_of_sentencepiece(tmp_path):
     import sentencepiece
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(all_texts(100)), model_prefix=str(tmp_path/"spiece"), vocab_size=300, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(all_texts(100)), model_prefix=str(tmp_path/"spiece"), vocab_size=200, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     model = encoder_of(tiny_t5())
     model.save_pretrained(tmp_path)
     rows = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path/"spiece.model")).encode(TEXTS, add_eos=True)
