@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['SPECIALS', 'BLANKS', 'POLICIES', 'TOWERS', 'all_texts', 'train_tokenizer', 'load_tokenizer', 'Budget',
            'within_budget', 'corrupt', 'TextConfig', 'make_t5', 'reword', 'pad', 'train_text_encoder', 'TextTokenizer',
-           'byte_ids', 'read_tokenizer', 'load_tower', 'join_windows', 'TextEncoder', 'TrainTextConfig', 'run_text']
+           'byte_ids', 'read_tokenizer', 'load_tower', 'join_windows', 'TextEncoder', 'TrainTextConfig', 'run_text',
+           'coin_words', 'probe', 'letter_states', 'read_letters', 'SpellingConfig', 'spelling']
 
 # %% ../nbs/05_text.ipynb #2f8cfee8
 import bisect, dataclasses, importlib, re, warnings
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from .core import Config, RecapError, atomic_write, foundation, keyed_rng, pick_dtype, read_json
+from .core import Config, RecapError, atomic_write, foundation, hash_folder, keyed_rng, pick_dtype, project_root, read_json, write_json
 from .fit import FitConfig, fit
 from .language import alt_text, descriptive_caption, people_prompt, short_caption
-from .world import scenes_of
+from .world import WORDS, scenes_of
 
 # %% ../nbs/05_text.ipynb #da9b3cf8
 def all_texts(
@@ -193,6 +194,7 @@ class TextTokenizer:
     start: tuple = ()
     end: tuple = (1,)
     pad: int = 0
+    spans: object = None   # n strings -> for each token, where in the text it begins and ends; None: the tokenizer does not tell
 
     @classmethod
     def of(cls, tokenizer, start=(), end=None, pad=None):
@@ -202,7 +204,13 @@ class TextTokenizer:
         tok.no_truncation(); tok.no_padding(); tok.encode_special_tokens = True
         end, pad = (tok.token_to_id("</s>") if end is None else end), (tok.token_to_id("<pad>") if pad is None else pad)
         if end is None or pad is None: raise RecapError("the tokenizer has no </s> or no <pad>: not a T5's")
-        return cls(lambda texts: [e.ids for e in tok.encode_batch(list(texts), add_special_tokens=False)], max(tok.get_vocab().values()) + 1, start, (end,), pad)
+        cut = lambda texts: tok.encode_batch(list(texts), add_special_tokens=False)
+        return cls(lambda texts: [e.ids for e in cut(texts)], max(tok.get_vocab().values()) + 1, start, (end,), pad, lambda texts: [e.offsets for e in cut(texts)])
+
+    @classmethod
+    def of_bytes(cls, size=259):
+        "ByT5's: no file."
+        return cls(byte_ids, size, spans=lambda texts: [[(i, i + 1) for i, c in enumerate(t) for _ in c.encode("utf-8", "replace")] for t in texts])
 
 def byte_ids(texts):
     "UTF-8 bytes as ByT5 numbers them (Xue et al., 2021): padding, end and unknown come first."
@@ -225,7 +233,7 @@ def read_tokenizer(
             except ImportError: raise RecapError(f"{folder}/spiece.model is read by the package sentencepiece: install it, or put the model's tokenizer.json beside it") from None
             return TextTokenizer(lambda texts: words.encode(list(texts)), words.vocab_size(), end=(words.eos_id(),), pad=max(0, words.pad_id()))
     told = [read_json(path/f).get("tokenizer_class") for f in ("tokenizer_config.json", "config.json") if (path/f).is_file()]
-    if "ByT5Tokenizer" in told: return TextTokenizer(byte_ids, 259)
+    if "ByT5Tokenizer" in told: return TextTokenizer.of_bytes()
     raise RecapError(f"{path}: no tokenizer here (tokenizer.json, spiece.model, CLIP's vocab.json and merges.txt; ByT5 says so in tokenizer_config.json)")
 
 # %% ../nbs/05_text.ipynb #f237d095
@@ -354,3 +362,123 @@ def run_text(cfg:TrainTextConfig, out:Path, seed=0):
     told = (target >= 4 + len(BLANKS))
     return {"loss": curve[-1], "filled_in_right": (guess == target)[told].float().mean().item(), "tokens": tok.get_vocab_size(),
             "parameters": sum(p.numel() for p in encoder.parameters())}
+
+# %% ../nbs/05_text.ipynb #4fc5579e
+_FIRST = "b br c ch cl cr d dr f fl fr g gl gr h j k l m n p pl pr r s sh sl sp st t tr v w z".split()
+_LAST = "b ck d ft g k l ll lt m mp n nd nt p r rd rk rm rt s sh sk st t x zz".split()
+
+def coin_words(
+    n:int,        # words, all different
+    seed:int=0,
+    known="",     # a text that has none of them, in lower case
+) -> list[str]:   # in lower case, 4 to 9 letters
+    "Words that can be spoken and that nobody has written."
+    rng, vowels, out = keyed_rng(seed, "coined words"), "a e i o u ai ea oo ou".split(), {}
+    while len(out) < n:
+        word = "".join(rng.choice(part) for part in (_FIRST, vowels, _FIRST, vowels, _LAST))
+        if word not in known: out[word] = None
+    return list(out)
+
+def probe(
+    x, y,              # states (n, width) and their classes (n,), to learn from
+    test,              # states (m, width) to read
+    penalty:float=.01, # on the weights, in units of a feature's variance
+):                     # classes (m,)
+    "A linear reader of frozen states: least squares on one-hot classes."
+    mean, std, hot = x.mean(0), x.std(0) + 1e-6, torch.nn.functional.one_hot(y).double()
+    a, b = (torch.cat([(v - mean)/std, torch.ones(len(v), 1)], 1).double() for v in (x, test))
+    return (b@torch.linalg.solve(a.T@a + penalty*len(a)*torch.eye(a.shape[1], dtype=a.dtype), a.T@hot)).argmax(1)
+
+# %% ../nbs/05_text.ipynb #cdf7ca37
+def letter_states(
+    encoder:TextEncoder,
+    words:list[str],                     # of the letters a to z, in either case
+    frame:str="a sign that says {}",     # what is said around a word
+) -> tuple[list[dict], torch.Tensor]:    # of each letter: word, place in its token, the token's text, letter, state; and one mean state a word
+    "What an encoder has to say about each letter."
+    texts, letters, means = [frame.format(w) for w in words], [], []
+    states, _ = encoder.encode(texts)
+    for i, (text, spans) in enumerate(zip(texts, encoder.tokenizer.spans(texts))):
+        first = frame.index("{}")
+        mine = [j for j, (a, b) in enumerate(spans) if b > first and a < first + len(words[i])]
+        means.append(states[i, mine].mean(0))
+        for k, c in enumerate(words[i].lower(), first):
+            j = next(j for j in mine if spans[j][0] <= k < spans[j][1])
+            piece = text[slice(*spans[j])]
+            letters.append(dict(word=i, place=k - spans[j][0] - len(piece) + len(piece.lstrip()), piece=piece.strip(), letter=ord(c) - 97, state=states[i, j]))
+    return letters, torch.stack(means)
+
+def read_letters(lessons, test):
+    "Which letters a probe a place within the token reads right, after its lessons: a truth a letter."
+    right = torch.zeros(len(test), dtype=torch.bool)
+    for place in {r["place"] for r in test}:
+        known, asked = [r for r in lessons if r["place"] == place] or lessons, [i for i, r in enumerate(test) if r["place"] == place]
+        guess = probe(torch.stack([r["state"] for r in known]), torch.tensor([r["letter"] for r in known]), torch.stack([test[i]["state"] for i in asked]))
+        right[asked] = guess == torch.tensor([test[i]["letter"] for i in asked])
+    return right
+
+# %% ../nbs/05_text.ipynb #8470f9e6
+@dataclasses.dataclass(frozen=True)
+class SpellingConfig(Config):
+    "The lettering experiment."
+    words: int = 3000     # coined; four fifths of those without a held-out piece are the probe's lessons
+    scenes: int = 1500    # whose texts the small encoders read, five a scene
+    steps: int = 200      # of their training; 0: leave the trained ones out
+    batch_size: int = 32
+    width: int = 128
+    layers: int = 3
+    lr: float = 2e-3
+    longest: int = 200    # bytes of a text to train on
+    seed: int = 0
+
+def _small_t5(cfg, texts, tokenizer, size, blank, span):
+    "A T5 of the experiment's size, trained by span corruption only; its encoder."
+    torch.manual_seed(cfg.seed)
+    model, ids = make_t5(TextConfig(width=cfg.width, layers=cfg.layers), size), tokenizer.encode(texts)
+    def loss_of(net, step, indices, generator):
+        rng = keyed_rng(cfg.seed, "corrupt", step)
+        pairs = [corrupt(ids[i], rng, blank, span=span) for i in indices]
+        source, target = pad([p[0] for p in pairs]), pad([p[1] for p in pairs], -100)
+        return net(input_ids=source, attention_mask=source != 0, labels=target).loss
+    done = fit(model, loss_of, len(ids), FitConfig(steps=cfg.steps, batch_size=cfg.batch_size, lr=cfg.lr, dtype="no", seed=cfg.seed)) if cfg.steps else {"loss": [0.]}
+    return TextEncoder(model.get_encoder(), tokenizer, 256), done["loss"][-1]
+
+def _over_words(right, words):
+    "Mean over words of the share of letters read, and half the width of its 95 % interval."
+    shares = torch.tensor([right[torch.tensor(words) == w].float().mean().item() for w in sorted(set(words))])
+    return dict(mean=round(shares.mean().item(), 4), half=round(1.96*shares.std().item()/len(shares)**.5, 4), words=len(shares), letters=len(words))
+
+# %% ../nbs/05_text.ipynb #ee6f751c
+def spelling(
+    cfg:SpellingConfig=SpellingConfig(),
+    out=None,         # the JSON file to write; data/results/spelling.json by default, none if False
+) -> dict:            # for each encoder, the share of letters read in four tests, with 95 % intervals over words
+    "Can a linear probe read the letters of unknown words off frozen states?"
+    from recap.runs import provenance
+    texts, shipped, tok = all_texts(cfg.scenes, cfg.seed, "easy+whole"), TextEncoder.from_pretrained(), load_tokenizer(foundation("text"))
+    texts = [t for t in texts if len(t.encode()) < cfg.longest]
+    words, encoders = coin_words(cfg.words, cfg.seed, "\n".join(texts).lower()), {"shipped T5": (shipped, None)}
+    if cfg.steps:
+        encoders["pieces, trained here"] = _small_t5(cfg, texts, shipped.tokenizer, tok.get_vocab_size(), tok.token_to_id("<extra_id_0>"), 3)
+        encoders["bytes, trained here"] = _small_t5(cfg, texts, TextTokenizer.of_bytes(), 384, 259, 20)
+    encoders["bytes, random"] = (_small_t5(dataclasses.replace(cfg, steps=0), texts[:1], TextTokenizer.of_bytes(), 384, 259, 20)[0], None)
+    letters, _ = letter_states(shipped, words)
+    several = sorted({r["piece"] for r in letters if len(r["piece"]) > 1})
+    held = set(keyed_rng(cfg.seed, "held-out pieces").sample(several, len(several)//5))
+    unseen = [r["piece"] in held for r in letters]
+    lessons = {i for i in range(len(words)) if i % 5} - {r["word"] for r, u in zip(letters, unseen) if u}
+    tests = {"pieces it met": [i for i, r in enumerate(letters) if r["word"] not in lessons and not unseen[i]], "pieces kept from it": [i for i, u in enumerate(unseen) if u]}
+    arms, y = [], torch.tensor([[ord(c) - 97 for c in w[:4]] for w in words])
+    a, b = sorted(lessons), [i for i in range(len(words)) if i not in lessons]
+    for name, (encoder, loss) in encoders.items():
+        (mine, means), (upper, _), (signs, _) = (letter_states(encoder, w) for w in (words, [w.upper() for w in words], list(WORDS)))
+        known = [r for r in mine if r["word"] in lessons]
+        found = {t: _over_words(read_letters(known, [mine[i] for i in part]), [mine[i]["word"] for i in part]) for t, part in tests.items()}
+        found["the world's signs"] = _over_words(read_letters(upper, signs), [r["word"] for r in signs])
+        found["a word's mean state"] = _over_words(torch.stack([probe(means[a], y[a, k], means[b]) == y[b, k] for k in range(4)], 1).flatten(), [i for i in b for _ in range(4)])
+        arms.append({"encoder": name, "loss": loss, **found})
+    often = torch.tensor([r["letter"] for r in letters if r["word"] in lessons]).bincount().argmax().item()
+    chance = {t: sum(letters[i]["letter"] == often for i in part)/len(part) for t, part in tests.items()}
+    done = {"settings": cfg.to_dict(), "held": sorted(held), "lessons": len(lessons), "chance": chance, "arms": arms, "text": hash_folder(foundation("text")), **provenance()}
+    if out is not False: write_json(out or project_root()/"data"/"results"/"spelling.json", done)
+    return done
