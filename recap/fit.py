@@ -6,7 +6,7 @@
 __all__ = ['step_indices', 'FitConfig', 'rate', 'optimizers', 'save_checkpoint', 'load_checkpoint', 'fit']
 
 # %% ../nbs/01a_fit.ipynb #f2a933a5
-import dataclasses, json
+import dataclasses, json, math
 from pathlib import Path
 import torch
 from .core import Config, RecapError, atomic_write, keyed_numpy, keyed_torch, progress
@@ -44,10 +44,12 @@ class FitConfig(Config):
     dtype: str = "bf16"         # autocast: "bf16" or "no"
     save_every: int = 0         # steps between checkpoints; 0: none
     seed: int = 0
+    on_bad: str = "stop"        # a step whose loss or gradient is not finite: "stop", or "skip" it
 
     def __post_init__(self):
         if self.steps < 1 or self.batch_size < 1: raise RecapError(f"fit: steps={self.steps} and batch_size={self.batch_size} must be at least 1")
         if self.dtype not in ("bf16", "no"): raise RecapError(f"fit: dtype={self.dtype!r} must be 'bf16' or 'no'")
+        if self.on_bad not in ("stop", "skip"): raise RecapError(f"fit: on_bad={self.on_bad!r} must be 'stop' or 'skip'")
 
 def rate(step, cfg):
     "Share of the peak rate at a step: a short rise, a plateau, a linear fall."
@@ -100,18 +102,39 @@ def load_checkpoint(
     "Put a run back where it was."
     from safetensors import safe_open
     try:
-        with safe_open(str(path), "pt") as f: meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(str(path), "pt") as f: old, tensors = json.loads(f.metadata()["settings"]), {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e: raise RecapError(f"{path}: not a readable checkpoint ({e}); delete it to start again") from None
-    old = json.loads(meta["settings"])
     if old != settings:
         changed = [f"{k}: {old.get(k)!r} -> {settings.get(k)!r}" for k in sorted(old | settings) if old.get(k) != settings.get(k)]
         raise RecapError(f"{path} was written with other settings ({'; '.join(changed)}); put them back, or delete it to start again")
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    try: model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    except RuntimeError as e: raise RecapError(f"{path} holds another model ({str(e).splitlines()[-1].strip()}); delete it to start again") from None
     for i, v in enumerate(ema or []): v.copy_(tensors[f"ema.{i}"])
     _unflatten(opts, tensors)
     return tensors["losses"].tolist()
 
 # %% ../nbs/01a_fit.ipynb #b84d205f
+def _report_bad(out, cfg, step, loss, keys, losses, desc, main):
+    "Log a step that is not finite; stop the run if the policy says so, or after ten in a row."
+    if out and main:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        with open(Path(out)/"bad_steps.jsonl", "a") as f: f.write(json.dumps({"step": step, "loss": str(loss), "policy": cfg.on_bad, "samples": keys}) + "\n")
+    if cfg.on_bad == "skip" and any(math.isfinite(l) for l in [0., *losses][-9:]): return
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is not finite (loss {loss:.4g})"
+    more = "lower the learning rate, or look at these samples" if cfg.on_bad == "stop" else "ten steps in a row: lower the learning rate"
+    raise RecapError(f"{desc}: {what} at step {step} (samples {', '.join(map(str, keys[:8]))}{' ...' if len(keys) > 8 else ''}); the last good checkpoint is kept; {more}")
+
+def _accelerator(cfg):
+    "One CPU, one GPU, or the processes that `accelerate launch` started."
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+    AcceleratorState._reset_state()     # it is shared by all of a process and holds the first run's precision
+    acc = Accelerator(mixed_precision=cfg.dtype, cpu=not torch.cuda.is_available(), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    if cfg.batch_size % acc.num_processes: raise RecapError(f"fit: batch_size={cfg.batch_size} does not divide by {acc.num_processes} processes")
+    return acc
+
+# %% ../nbs/01a_fit.ipynb #7ad3434c
 def fit(
     model:torch.nn.Module,   # trained in place
     loss_of,                 # loss_of(model, step, indices, generator) -> scalar tensor; draws with the generator only
@@ -120,13 +143,10 @@ def fit(
     out:Path=None,           # folder of checkpoint.safetensors; goes on from there if it is present
     settings:dict=None,      # what a resumed run must have in common, beside cfg
     desc:str="training",
-) -> dict:                   # {"loss": [...], "ema": state dict or None}
+    key_of=int,              # sample number -> its key, for the log of bad steps
+) -> dict:                   # {"loss": [...], not finite where a step was skipped; "ema": state dict or None}
     "Train a model; a killed run goes on from its last checkpoint and ends with the same weights."
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state()     # it is shared by all of a process and holds the first run's precision
-    acc = Accelerator(mixed_precision=cfg.dtype, cpu=not torch.cuda.is_available())
-    opts = optimizers(model, cfg)
+    acc, opts = _accelerator(cfg), optimizers(model, cfg)
     net, *opts = acc.prepare(model, *opts)
     ema = [p.detach().clone() for p in model.parameters()] if cfg.ema else None
     settings, losses = {**cfg.to_dict(), **(settings or {})}, []
@@ -135,18 +155,20 @@ def fit(
     first = len(losses)
     model.train()
     for step in progress(range(first, cfg.steps), cfg.steps - first, desc):
-        mine = step_indices(n, cfg.batch_size, step, cfg.seed)[acc.process_index::acc.num_processes]
-        with acc.autocast(): loss = loss_of(net, step, mine, keyed_torch(cfg.seed, "step", step, acc.process_index))
-        if not torch.isfinite(loss): raise RecapError(f"{desc}: the loss is {loss.item()} at step {step} (samples {mine[:8].tolist()} ...); the last good checkpoint is kept, lower the learning rate")
-        acc.backward(loss)
-        if cfg.clip: acc.clip_grad_norm_(model.parameters(), cfg.clip)
+        batch = step_indices(n, cfg.batch_size, step, cfg.seed)
+        with acc.autocast(): loss = loss_of(net, step, batch[acc.process_index::acc.num_processes], keyed_torch(cfg.seed, "step", step, acc.process_index))
+        value = acc.reduce(loss.detach(), "mean").item() if acc.num_processes > 1 else loss.item()
+        if good := math.isfinite(value):
+            acc.backward(loss)
+            good = bool(torch.isfinite(acc.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)))
+        if not good: _report_bad(out, cfg, step, value, [key_of(i) for i in batch], losses, desc, acc.is_main_process)
         for o in opts:
             for g in o.param_groups: g["lr"] = g["peak"]*rate(step, cfg)
-            o.step(); o.zero_grad()
-        if ema: torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - min(cfg.ema, (step + 1)/(step + 10)))
-        losses.append(loss.item())
-        if file and cfg.save_every and (step + 1) % cfg.save_every == 0 and acc.is_main_process:
-            save_checkpoint(file, model, opts, ema, losses, settings)
+            if good: o.step()
+            o.zero_grad()
+        if ema and good: torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - min(cfg.ema, (step + 1)/(step + 10)))
+        losses.append(value if good else math.nan)
+        if file and cfg.save_every and (step + 1) % cfg.save_every == 0 and acc.is_main_process: save_checkpoint(file, model, opts, ema, losses, settings)
     acc.unwrap_model(net, keep_fp32_wrapper=False)     # outside the loop the model computes in its own precision again
     named = {k: v for (k, _), v in zip(model.named_parameters(), ema)} if ema else None
     return {"loss": losses, "ema": {**model.state_dict(), **named} if ema else None}
