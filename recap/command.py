@@ -183,7 +183,7 @@ def relabel(
     path:Path=typer.Argument(help="a folder of images, an imagefolder, img2dataset shards, or one image"),
     style:str=typer.Option("dsc", help="ssc, dsc or both: ssc,dsc"),
     out:Path=typer.Option(None, help="folder for the captions; needed unless PATH is a corpus of this project"),
-    captioner:str=typer.Option("", help="folder of a captioner; empty: the small one tuned for the style"),
+    captioner:str=typer.Option("", help="folder of a CoCa or of a transformers model, or http://HOST:PORT/v1#MODEL; empty: the small one tuned for the style"),
     batch_size:int=typer.Option(64),
     overwrite:bool=typer.Option(False, help="replace captions that another captioner wrote"),
     json_:bool=typer.Option(False, "--json", help="for programs"),
@@ -197,8 +197,9 @@ def relabel(
 @app.command()
 def caption(
     images:list[Path]=typer.Argument(help="picture files"),
-    style:str=typer.Option("", help="ssc or dsc; empty: whatever the captioner writes"),
-    captioner:str=typer.Option("", help="folder of a captioner"),
+    style:str=typer.Option("", help="ssc, dsc or one of your own; empty: whatever the captioner writes"),
+    captioner:str=typer.Option("", help="folder of a CoCa or of a transformers model, or http://HOST:PORT/v1#MODEL"),
+    json_:bool=typer.Option(False, "--json", help="for programs"),
 ):
     "Caption pictures and print the captions."
     from recap.corpus import BadImage, decode_image
@@ -211,8 +212,13 @@ def caption(
     if not pictures: raise RecapError("; ".join(bad.values()))
     from recap.relabel import Scribe, ask, check_styles
     if style: check_styles(style)
-    for i, row in zip(pictures, ask(Scribe(captioner, style), list(pictures.values()), style)): print(f"{images[i]}: {row['caption']}")
-    for said in bad.values(): print(f"recap: {said}", file=sys.stderr)
+    rows = dict(zip(pictures, ask(Scribe(captioner, style), list(pictures.values()), style)))
+    bad |= {i: f"{images[i]}: no caption ({row['flags']}): {row.get('why') or row.get('said', '')}" for i, row in rows.items() if not row["caption"]}
+    if json_: _json([{"file": str(images[i])} | row for i, row in rows.items()])
+    else:
+        for i, row in rows.items():
+            if row["caption"]: print(f"{images[i]}: {row['caption']}")
+    for _, said in sorted(bad.items()): print(f"recap: {said}", file=sys.stderr)
     return int(bool(bad))
 
 # %% ../nbs/28_command.ipynb #4cb6561e
