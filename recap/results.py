@@ -249,7 +249,7 @@ def score_table(study:dict, text:str, kinds:list, seed:int=0) -> dict:
     return dict(title=TEXT_TITLES[text], rows=rows, count=count, ranked=ranked, chance=f"{100/ranked:.0f} %")
 
 # %% ../nbs/26_results.ipynb #f94b1c7a
-STAGES = ("corpus", "pairs", "prompts", "tune_", "relabel", "captions", "latents", "train_", "evaluate_")
+STAGES = ("corpus", "pairs", "prompts", "tune_", "relabel", "captions", "latents", "train_", "trust", "evaluate_")
 
 def cost_rows(study:dict) -> list:
     "Time and memory of each stage, in the order of the pipeline."
@@ -293,6 +293,13 @@ def design_sentence(study:dict) -> str:
     return ("At this scale the arms are short tunes of a base denoiser that was trained on alt-text. That is the design of RECAP (2023), "
             f"not that of DALL-E 3 (2023), whose ablation trained every arm from scratch.{each}")
 
+def _trust_sentence(study:dict) -> str:
+    "What the check of the scorers excludes; nothing where it was not run."
+    if "trust" not in study: return ""
+    found = study["trust"]["results"]
+    kinds = "; ".join(f"{name.replace('_', ' ')}: {', '.join(k) or 'nothing'}" for name, k in found["excluded"].items())
+    return f"Kinds of fact excluded from what a scorer may claim, because it is right about them in less than {100*found['least']:g} % of the questions (page 21a): {kinds}."
+
 def _caption_sentence(study:dict) -> str:
     "What relabelling did to the captions."
     styles = caption_styles(study)
@@ -315,7 +322,8 @@ def render_report(
     from markupsafe import Markup
     kinds, wiring = readable_kinds(study), scale in WIRING
     unread = [k for k in KINDS if k not in kinds]
-    if unread: note = " ".join([note, f"Facts about {', '.join(unread)} are left out of all scores: the detector does not find them reliably in real pictures."]).strip()
+    if unread: note = " ".join([note, f"Facts about {', '.join(unread)} are left out of all scores: the detector is not right often enough about them."]).strip()
+    if trust := _trust_sentence(study): note = f"{note} {trust}".strip()
     texts = [t for t in TEXT_TITLES if any(rows_of(study, a, t) for a in arms_of(study))]
     scores = [score_table(study, t, kinds, seed) | dict(figures=[f | dict(svg=Markup(f["svg"])) for f in text_figures(study, t, kinds, seed)]) for t in texts]
     stages = cost_rows(study)
@@ -338,7 +346,7 @@ def study_results(study:dict, scale:str, claims:list, seed:int=0) -> dict:
                   for t in TEXT_TITLES if rows_of(study, m, t)} for m in [*arms_of(study), "vae", "real"] if f"evaluate_{m}" in study}
     differences = [dict(better=a, worse=b, text=t, **flat(d)) for t in TEXT_TITLES for a, b in PAIRS if (d := compare_arms(study, a, b, t, kinds, seed))]
     return dict(scale=scale, headline=headline(study, scale, claims, seed), kinds=kinds, scores=scores, differences=differences,
-                claims=claims, captions=caption_styles(study))
+                claims=claims, captions=caption_styles(study), excluded=study["trust"]["results"]["excluded"] if "trust" in study else {})
 
 @dataclass(frozen=True)
 class ReportConfig(Config):

@@ -8,7 +8,7 @@ __all__ = ['SIZE', 'SIZE_NAMES', 'POSITION_NAMES', 'STANDS', 'TELLING', 'as_batc
            'Eyes', 'FactHeads', 'fact_loss', 'fact_probability', 'Detector', 'seeded', 'ScorerConfig', 'draw_scenes',
            'render_all', 'train_detector', 'people_text', 'change_one', 'implied', 'fact_bits', 'true_of', 'ClipTowers',
            'clip_tokenizer', 'token_ids', 'ClipScorer', 'clip_loss', 'train_clip', 'false_facts', 'measure_detector',
-           'measure_clip', 'held_out_views', 'reliable_kinds', 'measure_scorer', 'train_scorers']
+           'clip_choices', 'measure_clip', 'held_out_views', 'reliable_kinds', 'measure_scorer', 'train_scorers']
 
 # %% ../nbs/07_scorers.ipynb #f131c4cd
 import dataclasses, io, itertools, os, time, warnings
@@ -743,6 +743,23 @@ def measure_detector(
     return {k: out[k] for k in KINDS if k in out}
 
 # %% ../nbs/07_scorers.ipynb #7b971b26
+def clip_choices(
+    clip:ClipScorer,
+    pictures,                  # n pictures
+    seen:Sequence[Scene],      # what can be seen in each
+    seed:int=0,                # of the texts
+) -> list[tuple]:              # (kind of change, picture, does the true text win?)
+    "Of two texts that differ in one fact, which goes with the picture?"
+    images, truths, out = clip.image_features(pictures), [implied(facts_of(s)) for s in seen], []
+    for kind in KINDS:
+        write = lambda scene, i: descriptive_caption(scene, keyed_rng(seed, kind, i), bank="people")
+        pairs = [(i, write(s, i), write(c, i)) for i, s in enumerate(seen) if (c := change_one(s, keyed_rng(seed, "change", i, kind), kind))]
+        if not (pairs := [p for p in pairs if not read_facts(p[2]).facts <= truths[p[0]]]): continue
+        rows, own, other = zip(*pairs)
+        better = (images[list(rows)] * (clip.text_features(own) - clip.text_features(other))).sum(1) > 0
+        out += [(kind, i, bool(b)) for i, b in zip(rows, better)]
+    return out
+
 def measure_clip(
     clip:ClipScorer,
     pictures,                  # n pictures
@@ -750,19 +767,12 @@ def measure_clip(
     seed:int=0,                # of the texts
 ) -> dict[str, float]:         # one share a kind of change, and "first_of_ten"
     "How often the true text beats the changed one, and nine others."
-    images, truths, out = clip.image_features(pictures), [implied(facts_of(s)) for s in seen], {}
-    lie = lambda text, i: not read_facts(text).facts <= truths[i]
-    for kind in KINDS:
-        write = lambda scene, i: descriptive_caption(scene, keyed_rng(seed, kind, i), bank="people")
-        pairs = [(i, write(s, i), write(c, i)) for i, s in enumerate(seen) if (c := change_one(s, keyed_rng(seed, "change", i, kind), kind))]
-        if not (pairs := [p for p in pairs if lie(p[2], p[0])]): continue
-        rows, own, other = zip(*pairs)
-        better = (images[list(rows)] * (clip.text_features(own) - clip.text_features(other))).sum(1) > 0
-        out[kind] = round(float(better.mean()), 4)
+    images, truths, choices = clip.image_features(pictures), [implied(facts_of(s)) for s in seen], clip_choices(clip, pictures, seen, seed)
+    shares = {k: round(float(np.mean(won)), 4) for k in KINDS if (won := [b for kind, _, b in choices if kind == k])}
     texts = [people_text(s, seed, i) for i, s in enumerate(seen)]
     cosines = images @ clip.text_features(texts).T
-    rivals = lambda i: (j % len(seen) for j in range(i + 1, i + 10) if lie(texts[j % len(seen)], i))
-    return out | {"first_of_ten": round(float(np.mean([all(cosines[i, j] < cosines[i, i] for j in rivals(i)) for i in range(len(seen))])), 4)}
+    rivals = lambda i: (j % len(seen) for j in range(i + 1, i + 10) if not read_facts(texts[j % len(seen)]).facts <= truths[i])
+    return shares | {"first_of_ten": round(float(np.mean([all(cosines[i, j] < cosines[i, i] for j in rivals(i)) for i in range(len(seen))])), 4)}
 
 # %% ../nbs/07_scorers.ipynb #ae2af826
 def held_out_views(easy:torch.Tensor, whole:torch.Tensor) -> dict[str, list[Image.Image]]:

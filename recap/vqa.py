@@ -7,7 +7,8 @@ __all__ = ['ASK', 'SAY', 'question_of', 'questions_of', 'Known', 'draw_question'
            'blip_config', 'ask_blip', 'patch_targets', 'VQAConfig', 'train_vqa', 'VQAScorer', 'measure_vqa', 'run_vqa']
 
 # %% ../nbs/07a_vqa.ipynb #a7c0f003
-import copy, dataclasses, itertools
+import copy, dataclasses, itertools, string
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -124,13 +125,16 @@ def question_tokenizer(
     texts,             # questions and answers
     vocab_size:int,    # tokens at most
 ):                     # a transformers tokenizer: [CLS] words [SEP]
-    "A WordPiece tokenizer, lower-casing, as BLIP's is."
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    "A WordPiece tokenizer, lower-casing, as BLIP's is: letters, and the most frequent words."
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
-    tok = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tok.normalizer, tok.pre_tokenizer, tok.decoder = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tidy, cut = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    count = Counter(w for t in texts for w, _ in cut.pre_tokenize_str(tidy.normalize_str(t)))
     special = dict(pad_token="[PAD]", bos_token="[DEC]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")  # numbers 0 to 4
-    tok.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False))
+    letters = sorted({*string.ascii_lowercase, *string.digits, *"".join(count)})
+    known = dict.fromkeys([*special.values(), *letters, *(f"##{c}" for c in letters), *sorted(count, key=lambda w: (-count[w], w))])
+    tok = Tokenizer(models.WordPiece({w: i for i, w in enumerate(itertools.islice(known, vocab_size))}, unk_token="[UNK]"))
+    tok.normalizer, tok.pre_tokenizer, tok.decoder = tidy, cut, decoders.WordPiece()
     tok.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 3), ("[SEP]", 4)])
     return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=32, **special)
 

@@ -8,7 +8,8 @@ from recap.core import RecapError, hash_folder, project_root, read_json, write_j
 
 # data/foundation/NAME <- runs/foundation/FOLDER, trained by STAGE
 WEIGHTS = {"vae": ("vae/vae", "vae"), "text": ("text/text", "text"), "captioner": ("captioner", "captioner"),
-           "clip_scorer": ("scorers/clip_scorer", "scorers"), "detector": ("scorers/detector", "scorers"), "denoiser": ("denoiser", "denoiser")}
+           "clip_scorer": ("scorers/clip_scorer", "scorers"), "detector": ("scorers/detector", "scorers"), "vqa": ("vqa/vqa", "vqa"),
+           "denoiser": ("denoiser", "denoiser")}
 PART = {"clip_scorer": "clip", "detector": "detector"}  # of its stage's results, where one stage trains two
 KEEP = {".safetensors", ".json"}
 RECORDS = {"run.json", "results.json", "begun.json"}
