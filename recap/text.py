@@ -6,7 +6,7 @@
 __all__ = ['SPECIALS', 'BLANKS', 'POLICIES', 'TOWERS', 'all_texts', 'train_tokenizer', 'load_tokenizer', 'Budget',
            'within_budget', 'corrupt', 'TextConfig', 'make_t5', 'reword', 'pad', 'train_text_encoder', 'TextTokenizer',
            'byte_ids', 'read_tokenizer', 'load_tower', 'join_windows', 'TextEncoder', 'TrainTextConfig', 'run_text',
-           'coin_words', 'probe', 'letter_states', 'read_letters', 'SpellingConfig', 'spelling']
+           'probe', 'coin_words', 'letter_states', 'read_letters', 'SpellingConfig', 'spelling']
 
 # %% ../nbs/05_text.ipynb #2f8cfee8
 import bisect, dataclasses, importlib, re, warnings
@@ -363,6 +363,17 @@ def run_text(cfg:TrainTextConfig, out:Path, seed=0):
     return {"loss": curve[-1], "filled_in_right": (guess == target)[told].float().mean().item(), "tokens": tok.get_vocab_size(),
             "parameters": sum(p.numel() for p in encoder.parameters())}
 
+# %% ../nbs/05_text.ipynb #288937e9
+def probe(
+    x, y,              # states (n, width) and their classes (n,), to learn from
+    test,              # states (m, width) to read
+    penalty:float=.01, # on the weights, in units of a feature's variance
+):                     # classes (m,)
+    "A linear reader of frozen states: least squares on one-hot classes."
+    mean, std, hot = x.mean(0), x.std(0) + 1e-6, torch.nn.functional.one_hot(y).double()
+    a, b = (torch.cat([(v - mean)/std, torch.ones(len(v), 1)], 1).double() for v in (x, test))
+    return (b@torch.linalg.solve(a.T@a + penalty*len(a)*torch.eye(a.shape[1], dtype=a.dtype), a.T@hot)).argmax(1)
+
 # %% ../nbs/05_text.ipynb #4fc5579e
 _FIRST = "b br c ch cl cr d dr f fl fr g gl gr h j k l m n p pl pr r s sh sl sp st t tr v w z".split()
 _LAST = "b ck d ft g k l ll lt m mp n nd nt p r rd rk rm rt s sh sk st t x zz".split()
@@ -378,16 +389,6 @@ def coin_words(
         word = "".join(rng.choice(part) for part in (_FIRST, vowels, _FIRST, vowels, _LAST))
         if word not in known: out[word] = None
     return list(out)
-
-def probe(
-    x, y,              # states (n, width) and their classes (n,), to learn from
-    test,              # states (m, width) to read
-    penalty:float=.01, # on the weights, in units of a feature's variance
-):                     # classes (m,)
-    "A linear reader of frozen states: least squares on one-hot classes."
-    mean, std, hot = x.mean(0), x.std(0) + 1e-6, torch.nn.functional.one_hot(y).double()
-    a, b = (torch.cat([(v - mean)/std, torch.ones(len(v), 1)], 1).double() for v in (x, test))
-    return (b@torch.linalg.solve(a.T@a + penalty*len(a)*torch.eye(a.shape[1], dtype=a.dtype), a.T@hot)).argmax(1)
 
 # %% ../nbs/05_text.ipynb #cdf7ca37
 def letter_states(
@@ -421,9 +422,9 @@ def read_letters(lessons, test):
 @dataclasses.dataclass(frozen=True)
 class SpellingConfig(Config):
     "The lettering experiment."
-    words: int = 3000     # coined; four fifths of those without a held-out piece are the probe's lessons
-    scenes: int = 1500    # whose texts the small encoders read, five a scene
-    steps: int = 200      # of their training; 0: leave the trained ones out
+    words: int = 1500     # coined; four fifths of those without a held-out piece are the probe's lessons
+    scenes: int = 500     # whose texts the small encoders read, five a scene
+    steps: int = 60       # of their training; 0: leave the trained ones out
     batch_size: int = 32
     width: int = 128
     layers: int = 3
