@@ -1,7 +1,8 @@
-"""Copy the weights of `make foundation` to data/foundation, in half precision, with a manifest: `make publish`.
+"""Copy the weights of `make foundation` to data/foundation, in half precision, with a manifest: `make publish`, or `python workflow/publish.py NAME ...` for some.
 
 Do this only when they are better than what is there: every edition stays in the repository's history for ever."""
 import shutil
+import sys
 from pathlib import Path
 
 from recap.core import RecapError, hash_folder, project_root, read_json, write_json
@@ -24,9 +25,11 @@ def halve(path: Path):
     if any(v.dtype == torch.float32 for v in tensors.values()): save_file({k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}, path, meta)
 
 
-def publish():
+def publish(*names):
     root = project_root()
+    if unknown := set(names) - set(WEIGHTS): raise RecapError(f"no weights are called {', '.join(sorted(unknown))}: {', '.join(WEIGHTS)}")
     for name, (folder, stage) in WEIGHTS.items():
+        if names and name not in names: continue
         source, target, record = root/"runs/foundation"/folder, root/"data/foundation"/name, root/"runs/foundation"/stage
         if not (record/"results.json").exists(): print(f"{name}: {record} is not finished, left as it is"); continue
         if not source.is_dir(): raise RecapError(f"{source} does not exist: the stage {stage} should have made it")
@@ -47,4 +50,4 @@ def publish():
         print(f"{name}: {size/2**20:.1f} MB, {made['hash']}")
 
 
-if __name__ == "__main__": publish()
+if __name__ == "__main__": publish(*sys.argv[1:])
