@@ -1,8 +1,11 @@
 "The captioner against open_clip: same folder, same outputs, same greedy tokens."
-import json, random
+import json, os, random, subprocess, sys, types, warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from recap.captioner import (CaptionTokenizer, Loaded, as_pixels, captioner_config, captioner_tokenizer, load_captioner,
     make_captioner, normalise, plain_greedy, save_captioner)
@@ -109,7 +112,171 @@ def test_pretrained_by_configuration_name_and_path(words, tmp_path):
 def test_open_clips_own_configurations_pass_through_the_maker():
     with torch.device("meta"): model = make_captioner("coca_ViT-B-32")
     assert model.text.vocab_size == 49408 and sum(p.numel() for p in model.parameters()) > 2e8
-    with pytest.raises(RecapError, match="not a CoCa"): make_captioner("ViT-B-32")
+    with pytest.raises(RecapError, match="unknown captioner size 'ViT-B-32'"): make_captioner("ViT-B-32")
+
+
+# --- open_clip's folders and files, in both directions
+
+def clip_like():
+    "coca_ViT-L-14 made small: CLIP's vocabulary, attentional pooling, layers of one size in the towers and another in the decoder."
+    cfg = captioner_config("coca_ViT-L-14")
+    cfg["embed_dim"] = 48
+    cfg["vision_cfg"].update(image_size=32, patch_size=8, width=64, head_width=32, layers=2, attn_pooler_heads=4, attn_pooler_queries=7)
+    cfg["text_cfg"].update(width=48, heads=2, layers=2)
+    cfg["multimodal_cfg"].update(width=48, heads=2, layers=1)
+    return cfg
+
+
+def open_clips_folder(path, mean=(.48, .46, .41), **preprocess):
+    "A folder that open_clip itself wrote, with weights of both kinds, and the model they came from."
+    from open_clip.factory import set_model_preprocess_cfg
+    from open_clip.push_to_hf_hub import save_for_hf
+    model = make_captioner(clip_like(), 5).eval()
+    set_model_preprocess_cfg(model, {"size": 32, "mode": "RGB", "mean": mean, "std": (.27, .26, .28), "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0, **preprocess})
+    save_for_hf(model, types.SimpleNamespace(save_pretrained=lambda folder: None), clip_like(), path, "both")
+    return model
+
+
+def same_outputs(a, b, x, ids):
+    with torch.no_grad(): one, two = a(x, ids), b(x, ids)
+    assert all(torch.equal(one[k], two[k]) for k in ("logits", "image_features", "text_features", "logit_scale"))
+    assert one["logits"].std() > 0
+
+
+def test_a_folder_of_open_clip_loads_here_and_gives_its_outputs(tmp_path):
+    import open_clip
+    open_clips_folder(tmp_path)
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
+    texts, photo = ["a red boat, on the left", "two cats!"], render(sample_scene(0, 3), 90).crop((0, 0, 90, 60))
+    for path in (tmp_path, str(tmp_path), f"local-dir:{tmp_path}"):
+        ours = load_captioner(path)
+        ids = ours.words.encode(texts)
+        assert tokens(texts)[:, :ids.shape[1]].tolist() == ids.tolist()
+        x = ours.prepare([photo])
+        assert torch.allclose(x[0], preprocess(photo), atol=1e-6) and ours.preprocess["resize_mode"] == "shortest"
+        same_outputs(ours.model, theirs.eval(), torch.cat([x, x.flip(-1)]), ids)
+
+
+def test_what_we_saved_of_an_open_clip_model_goes_back_to_it(tmp_path):
+    import open_clip
+    source = open_clips_folder(tmp_path/"theirs", mean=(.4, .5, .6), resize_mode="longest", interpolation="bilinear", fill_color=9)
+    loaded = load_captioner(tmp_path/"theirs")
+    save_captioner(tmp_path/"ours", loaded.model, loaded.words, loaded.config["model_cfg"], {"style": "dsc"}, dtype=torch.float32)
+    back, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path/'ours'}")
+    ids = loaded.words.encode(["a red boat", "the sea"])
+    same_outputs(source, back.eval(), noise(2, 32), ids)
+    again, photo = load_captioner(tmp_path/"ours"), render(sample_scene(0, 3), 90).crop((0, 0, 90, 60))
+    assert again.manifest == {"style": "dsc"} and not (tmp_path/"ours"/"tokenizer.json").exists()
+    assert again.preprocess["mean"] == [.4, .5, .6] and torch.allclose(again.prepare([photo])[0], preprocess(photo), atol=1e-6)
+    (tmp_path/"small_coca.json").write_text(json.dumps(clip_like()))
+    open_clip.add_model_config(tmp_path/"small_coca.json")
+    by_name, *_ = open_clip.create_model_and_transforms("small_coca", pretrained=str(tmp_path/"ours"/"open_clip_model.safetensors"))
+    same_outputs(source, by_name.eval(), noise(2, 32), ids)
+
+
+def test_one_file_needs_a_name_and_takes_older_keys(tmp_path):
+    from safetensors.torch import load_file, save_file
+    source = open_clips_folder(tmp_path)
+    file = tmp_path/"epoch_3.safetensors"
+    save_file({f"module.{k}": v for k, v in load_file(tmp_path/"open_clip_model.safetensors").items()}, file)   # as open_clip's training on several GPUs names them
+    with pytest.raises(RecapError, match="does not say which model it is"): load_captioner(file)
+    ours = load_captioner(file, name=clip_like())
+    same_outputs(source, ours.model, noise(2, 32), ours.words.encode(["a cat", "two dogs"]))
+    assert ours.preprocess["mean"][0] == pytest.approx(.48145466) and ours.preprocess["resize_mode"] == "shortest"     # open_clip's defaults
+    with pytest.raises(RecapError, match="does not fit") as e: load_captioner(file, name=captioner_config("tiny"))
+    assert "\n" not in str(e.value)
+    with pytest.raises(RecapError, match="is not there"): load_captioner(tmp_path/"nowhere")
+
+
+# --- fault 30
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+def test_a_pickle_is_refused_and_the_command_it_names_converts_it(tmp_path, suffix):
+    source = open_clips_folder(tmp_path)
+    pickle = tmp_path/f"weights{suffix}"
+    torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}, "epoch": 3}, pickle)
+    with pytest.raises(RecapError, match="is a pickle.*only safetensors") as e: load_captioner(pickle, name=clip_like())
+    command = str(e.value).partition("convert it once: python ")[2]
+    assert "\n" not in str(e.value) and not subprocess.run(f"{sys.executable} {command}", shell=True).returncode
+    ours = load_captioner(pickle.with_suffix(".safetensors"), name=clip_like())
+    same_outputs(source, ours.model, noise(2, 32), ours.words.encode(["a cat", "two dogs"]))
+
+
+def test_a_folder_with_pickles_only_is_refused_and_nothing_is_unpickled(tmp_path):
+    open_clips_folder(tmp_path)
+    (tmp_path/"open_clip_model.safetensors").unlink()
+    class Bomb:
+        def __reduce__(self): return (os.mkdir, (str(tmp_path/"unpickled"),))
+    torch.save({"x": Bomb()}, tmp_path/"open_clip_pytorch_model.bin")
+    with pytest.raises(RecapError, match="open_clip_pytorch_model.bin is a pickle"): load_captioner(tmp_path)
+    (tmp_path/"open_clip_pytorch_model.bin").rename(tmp_path/"open_clip_model.safetensors")
+    with pytest.raises(RecapError, match="does not fit"): load_captioner(tmp_path)
+    assert not (tmp_path/"unpickled").exists()
+
+
+# --- pictures as open_clip prepares them
+
+PREPARATIONS = [(mode, how) for mode in ("squash", "shortest", "longest") for how in ("bicubic", "bilinear")]
+
+
+def differs_from_open_clip(pictures, size, mode, how):
+    "The largest difference to open_clip's own transform, in levels of 0 to 255."
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+    theirs = image_transform_v2(PreprocessCfg(size=size, mean=(0., 0., 0.), std=(1., 1., 1.), interpolation=how, resize_mode=mode, fill_color=30), is_train=False)
+    ours = as_pixels(pictures, size, mode, how, fill=30)
+    return max((o.float() - 255*theirs(p)).abs().max().item() for o, p in zip(ours, pictures, strict=True))
+
+
+@pytest.mark.parametrize("mode, how", PREPARATIONS)
+def test_rendered_pictures_are_prepared_as_by_open_clip(mode, how):
+    pictures = [render(sample_scene(0, i), 150).crop((0, 0, *box)) for i, box in enumerate([(150, 150), (150, 97), (61, 150), (150, 31), (40, 23), (24, 24)])]
+    assert differs_from_open_clip(pictures, 64, mode, how) < 1e-3       # the same bytes; open_clip divides them by 255
+    assert differs_from_open_clip([p.convert("L") for p in pictures], 64, mode, how) < 1e-3
+
+
+@pytest.mark.skipif(not os.environ.get("RECAP_REAL"), reason="RECAP_REAL names no folder of real files")
+@pytest.mark.parametrize("mode, how", PREPARATIONS)
+def test_photographs_are_prepared_as_by_open_clip(mode, how):
+    pictures = []
+    for p in sorted((Path(os.environ["RECAP_REAL"])/"skimage-photos").iterdir()):
+        if p.suffix in (".png", ".jpg"): pictures.append(Image.open(p))
+    opaque = [p for p in pictures if p.mode in ("RGB", "L")]
+    assert len(opaque) >= 5 and len({p.size for p in opaque}) >= 3
+    assert differs_from_open_clip(opaque, 224, mode, how) < 1e-3
+
+
+def test_transparent_shows_white_and_arrays_are_as_pictures():
+    clear = Image.new("RGBA", (50, 40), (0, 0, 0, 0))
+    assert as_pixels([clear], 16).min() == 255                           # open_clip drops the alpha channel: black
+    picture = render(sample_scene(0, 3), 90)
+    array = np.asarray(picture)[None]
+    for mode, how in PREPARATIONS:
+        expected = as_pixels([picture], 48, mode, how)
+        assert torch.equal(as_pixels(array, 48, mode, how), expected) and torch.equal(as_pixels(torch.from_numpy(array).permute(0, 3, 1, 2), 48, mode, how), expected)
+    with pytest.raises(RecapError, match="resize_mode"): as_pixels([picture], 16, "crop")
+
+
+# --- fault 21: captions over the limit
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("policy", ["truncate", "cut", "refuse"])
+def test_a_caption_over_the_limit_keeps_its_end_and_is_counted(words, clip, policy):
+    from open_clip.tokenizer import SimpleTokenizer
+    words = CaptionTokenizer(SimpleTokenizer() if clip else words.tokenizer)
+    texts = ["A big red cat.", "A big red cat stands on the left, on a beach. " + "A tiny blue boat. "*30, ""]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if policy == "refuse":
+            with pytest.raises(RecapError, match="text 1 has .* the limit is 40"): words.encode(texts, 40, policy)
+            return
+        ids = words.encode(texts, 40, policy)
+    assert ids.shape[1] <= 40 and len(told) == 1 and f"policy {policy}" in str(told[0].message)
+    assert (words.read, words.over, words.over_share) == (3, 1, 1/3)
+    for row in ids.tolist(): assert row[0] == words.start and row.count(words.end) == 1 and all(i == words.pad for i in row[row.index(words.end) + 1:])
+    kept = words.decode(ids[1]).replace(" .", ".")
+    assert kept.lower().startswith("a big red cat stands on the left") and (kept.endswith("boat.") if policy == "truncate" else ids[1, -1] == words.end)
+    with pytest.raises(RecapError, match="unknown policy"): words.encode(texts, 40, "window")
 
 
 def test_clip_vocabulary_round_trip():
@@ -118,9 +285,17 @@ def test_clip_vocabulary_round_trip():
     assert words.decode(words.encode(["a red cat, on the left."])[0]) == "a red cat , on the left ."
 
 
-def test_training_from_scratch_needs_the_head_filled():
-    p = make_captioner(captioner_config("tiny", 400)).text_decoder.text_projection
-    assert torch.isfinite(p).all() and .1 < p.std().item() < .15  # 64 ** -.5
+def test_nothing_of_a_new_captioner_is_left_uninitialised():
+    import open_clip.coca_model
+    kept = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True); torch.utils.deterministic.fill_uninitialized_memory = True      # torch.empty gives NaN
+    try:
+        cfg = captioner_config("tiny", 400)
+        model, theirs = make_captioner(cfg), open_clip.coca_model.CoCa(**{k: v for k, v in cfg.items() if k != "custom_text"})
+    finally: torch.use_deterministic_algorithms(kept[0]); torch.utils.deterministic.fill_uninitialized_memory = kept[1]
+    assert [k for k, v in model.named_parameters() if not v.isfinite().all()] == []
+    assert [k for k, v in theirs.named_parameters() if not v.isfinite().all()] == ["text_decoder.text_projection"]     # the reason for ours
+    assert .1 < model.text_decoder.text_projection.std().item() < .15  # 64 ** -.5
 
 
 def test_captions_decode_cleanly(words):
@@ -129,7 +304,6 @@ def test_captions_decode_cleanly(words):
 
 
 def test_captioner_takes_every_kind_of_picture(words, tmp_path):
-    import numpy as np
     cfg = captioner_config("tiny", words.tokenizer.get_vocab_size(), 20)
     c = Captioner(Loaded(make_captioner(cfg), words, dict(model_cfg=cfg), {"style": "dsc"}), device="cpu")
     pictures = [render(sample_scene(0, i), 64) for i in range(5)]
