@@ -145,7 +145,7 @@ class TransformersCaptioner(CaptionMaker):
         dtype="",               # "": bfloat16 on a GPU that has it, else float32
         prompts:dict=None,      # style -> instruction, beside the project's
         longest_side:int=1024,  # larger pictures are shrunk first
-        max_len:int=256,        # tokens of a caption
+        max_len:int=256,        # tokens of a caption; 48 at most for a model that is not told
     ):
         self.folder, self.device, self.max_len, self.view = Path(folder), pick_device(device), max_len, (longest_side, "inside")
         self.dtype = pick_dtype(dtype or ("auto" if self.device.type == "cuda" else "float32"), self.device)
@@ -153,6 +153,7 @@ class TransformersCaptioner(CaptionMaker):
         self.told = bool(templates) or any("chat_template" in read_json(p) for n in ("processor_config.json", "tokenizer_config.json") if (p := self.folder/n).exists())
         self.prompts = caption_prompts(prompts) if self.told else {}
         self.name, self.styles, self.room = self.folder.name, tuple(self.prompts), 1 << 20
+        if not self.told: self.max_len = min(max_len, 48)
 
     @cached_property
     def hash(self): return hashlib.sha256(json.dumps([hash_folder(self.folder), self.prompts, self.view, self.max_len]).encode()).hexdigest()[:16]
@@ -202,7 +203,7 @@ def write(self:TransformersCaptioner, images, style, max_len) -> list[dict]:
     def attempt(images):
         if len(images) > self.room: return attempt(images[:self.room]) + attempt(images[self.room:])
         try: return self.generate(images, self.prompt(style), max_len or self.max_len)
-        except (ValueError, RuntimeError) as e: why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        except (ValueError, RuntimeError, IndexError) as e: why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         if "out of memory" in why: self.room = max(1, len(images)//2)
         if len(images) == 1: return [dict(caption="", tokens=None, logprob=None, flags="failed", why=why)]
         return attempt(images[:len(images)//2]) + attempt(images[len(images)//2:])
@@ -227,7 +228,7 @@ class ServerCaptioner(CaptionMaker):
     @property
     def hash(self): return hashlib.sha256(json.dumps([self.server.cfg.asked | {"model": self.name}, self.prompts], sort_keys=True).encode()).hexdigest()[:16]
 
-    def manifest(self, style=""): return {"maker": "server", "url": self.server.cfg.url, "settings": self.server.cfg.asked, "prompt": self.prompts.get(style or "dsc", ""), "spent": dict(self.server.spent)}
+    def manifest(self, style=""): return {"maker": "server", "url": self.server.cfg.url, "settings": self.server.cfg.asked, "prompt": self.prompts.get(style or "dsc", "")}
 
     def write(self, images, style, max_len):
         if (style or "dsc") not in self.prompts: raise RecapError(f"no instruction for style {style!r}: there is {', '.join(self.prompts)}; write data/prompts/captions/{style}.txt")

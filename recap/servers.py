@@ -10,7 +10,7 @@ __all__ = ['Loopback', 'as_picture', 'picture_url', 'message', 'ServerConfig', '
 import base64, email.utils, hashlib, io, json, math, os, re, sqlite3, sys, threading, time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,7 +30,8 @@ class Loopback:
     ):
         self.answer, self.models, self.requests, self.headers, self.lock = answer, models, [], [], threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self.http.daemon_threads = True
+        self.http.daemon_threads, say = True, self.http.handle_error
+        self.http.handle_error = lambda *at: isinstance(sys.exc_info()[1], OSError) or say(*at)   # a client that went away is no error
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
     @staticmethod
@@ -150,7 +151,7 @@ class ServerConfig(Config):
     ):
         "Read an address as a person writes it."
         import yaml
-        at, simple = urlsplit(text), lambda v: v if v.startswith("{") else yaml.safe_load(v)
+        at, simple = urlsplit(text), lambda v: v if not v or v.startswith("{") else yaml.safe_load(v)
         given = {k: simple(v) for k, v in parse_qsl(at.query, keep_blank_values=True)}
         return cls.from_dict(more | given | {"url": at._replace(query="", fragment="").geturl().rstrip("/")} | ({"model": unquote(at.fragment)} if at.fragment else {}))
 
@@ -369,7 +370,7 @@ def model(self:Server) -> str: # the name that is asked for
     if not hasattr(self, "_models"):
         try: self._models, fault = [m.id for m in self.client.models.list().data], None
         except Exception as e: fault = Fault.read(e)
-        if fault: raise Stopped(self._said(fault.why))
+        if fault: raise Stopped(self._said(self.blot(fault.why)))
     if len(self._models) == 1: return self._models[0]
     raise RecapError(f"{self.cfg.url} has {len(self._models)} models ({', '.join(self._models[:9])}): name one behind #, as in {self.cfg.url}#{(self._models or ['MODEL'])[0]}")
 
@@ -379,12 +380,12 @@ def key(self:Server, messages:list, max_tokens:int) -> str:
     return hashlib.sha256(json.dumps([self.cfg.asked | {"model": self.model, "max_tokens": max_tokens}, _as_known(messages)], sort_keys=True).encode()).hexdigest()
 
 @patch
-def _said(self:Server, why:str) -> str: return f"{self.cfg.url}: {self.refused if why == '401' else self.blot(why)}"
+def _said(self:Server, why:str) -> str: return f"{self.cfg.url}: {self.refused if why == '401' else why}"
 
 # %% ../nbs/06_servers.ipynb #06a00038
 @patch
 def _send(self:Server, body:dict) -> tuple: # Reply or None, Fault or None
-    "One request over the wire. Nothing is raised here, so no traceback leads through the client that holds the key."
+    "One request over the wire. Nothing is raised here, so no traceback leads through the client that holds the key, and no fault repeats it."
     reply = fault = None
     try: raw = self.client.chat.completions.with_raw_response.create(**body, extra_body=json.loads(self.cfg.extra or "{}")).text
     except Exception as e:
@@ -394,7 +395,7 @@ def _send(self:Server, body:dict) -> tuple: # Reply or None, Fault or None
     else:
         reply = Reply.read(raw)
         fault = None if reply else Fault("again", f"an answer that is no reply: {raw[:60]!r}")
-    return reply, fault
+    return reply, fault and replace(fault, why=self.blot(fault.why))
 
 @patch
 def _count(self:Server):
@@ -427,7 +428,7 @@ def _reply(self:Server, messages:list, max_tokens:int) -> Reply:
             self.in_a_row = self.in_a_row + 1 if why else 0
             if why: self.spent["failed"] += 1
         if why and self.in_a_row >= self.cfg.give_up: self._stop(self._said(f"{self.in_a_row} requests failed one after the other, the last: {why}"))
-        if why: return Reply(finish="failed", why=self.blot(why))
+        if why: return Reply(finish="failed", why=why)
         if self.store and "empty" not in reply.flags: self.store.put(key, reply)
         return reply
 
