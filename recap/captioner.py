@@ -592,7 +592,7 @@ def weight_study(
         width = STUDENT[len(runs) - 1]/len(runs)**.5 if len(runs) > 1 else 0.
         values = {k: np.array([r[k] for r in runs]) for k in runs[0] if rule or k != "loss"}
         arms.append({"labels": rule or "none", "weight": weight, "examples": captions[:3],
-                     **{k: dict(mean=round(v.mean(), 4), half=round(width*v.std(ddof=1), 4) if len(v) > 1 else 0.) for k, v in values.items()}})
+                     **{k: dict(mean=round(float(v.mean()), 4), half=round(float(width*v.std(ddof=1)), 4) if len(v) > 1 else 0.) for k, v in values.items()}})
     found = {"settings": cfg.to_dict(), "base": hash_folder(base), "arms": arms, **provenance()}
     if out is not False: write_json(out or project_root()/"data"/"results"/"contrastive.json", found)
     return found
