@@ -428,7 +428,7 @@ def score_column(
                     "words_10_50_90": [float(v) for v in np.percentile(words, [10, 50, 90])], "distinct": round(len(set(texts))/len(texts), 4),
                     "length": length_of(there, seed), "manner": manner_of(there, seed), "variety": variety_of(there, seed)}
 
-# %% ../nbs/11_caption_eval.ipynb #6e6dfe11
+# %% ../nbs/11_caption_eval.ipynb #5585d326
 def _reference(corpus, name, keys): # captions to take distances to
     if name in corpus.styles(): return [t for k, t in corpus.captions(name).items() if k in keys and (t or "").strip()]
     path = resolve_path(name)
@@ -446,6 +446,7 @@ def _asked(corpus, texts, keys, answer, similarity, ask, seed): # style -> what 
         out[style] = {"answers": answer_score(im, told, answer, seed, ask) if answer and pairs else None, "similarity": mean}
     return out
 
+# %% ../nbs/11_caption_eval.ipynb #6e6dfe11
 def evaluate_captions(
     cfg:CaptionEvalConfig,
     seed:int=0,            # of the intervals

@@ -97,7 +97,7 @@ def best_of(
     "Keep what the selector prefers."
     return [row[int(np.argmax(s[:k]))]["caption"] for row, s in zip(drawn, scores)]
 
-# %% ../nbs/11a_repair.ipynb #28a68777
+# %% ../nbs/11a_repair.ipynb #4fa02cf3
 _BARE = re.compile(r"(^|, and |, while |; | and |, )((?:an?|one|two|three|four|some|several|\d) (?:(?!(?<!that )\b(?:is|are|stands?|hovers?|be)\b)[^,;.])*?) (is|are)(?=\.|,|;| and |$)", re.I)
 _EMPTY = re.compile(r"^(?:the scene is set|it takes place|this is|the image is|there (?:is|are)|(?:in )?the background(?: you see| shows)?|(?:an? )?pictures? of)?[.!?]*$", re.I)
 
@@ -115,6 +115,7 @@ def tidy(text:str) -> str:
     text = " ".join(out)
     return text + "." if text and text[-1] not in ".!?" else text
 
+# %% ../nbs/11a_repair.ipynb #7e2765b6
 def _names(word): # one and several of a noun or a family
     return (nouns()[word].names[0], nouns()[word].plural) if word in nouns() else FAMILY_WORDS.get(word, (word, plural_of(word)))
 
@@ -131,6 +132,7 @@ def rename(
         return (article(phrase) if m[1].islower() else article(phrase).capitalize()) if m[1] else phrase
     return re.sub(pattern, put, caption, flags=re.I)
 
+# %% ../nbs/11a_repair.ipynb #524be9c7
 _SPANS = [f"of {w}" for words in PLACE_NAMES.values() for w in words] + [w for t in (SIZE_WORDS, COLOUR_WORDS, TEXTURE_WORDS, TEXTURE_WITH, POSITION_WORDS, PLACE_WORDS, WEATHER_WORDS) for words in t.values() for w in words]
 _SPAN = re.compile(r",? ?\b(?:that is )?(?:" + "|".join(map(re.escape, sorted(_SPANS, key=len, reverse=True))) + r")\b", re.I)
 _NUMBER = re.compile(r"\b(?:" + "|".join(w for words in COUNT_WORDS.values() for w in words) + r")\b(?! scissors)", re.I)
@@ -151,6 +153,7 @@ def cuts(text:str) -> list[str]:
             found.append(" ".join(sentences[:i] + ["".join(rest) + "."] + sentences[i + 1:]))
     return [t for t in dict.fromkeys(map(tidy, found)) if t and t != text]
 
+# %% ../nbs/11a_repair.ipynb #28a68777
 def drop_denied(
     caption:str,
     gain,               # text -> expected gain, such as Beliefs.gain of one picture
@@ -306,6 +309,7 @@ def mend(
     methods["repaired, short-sighted"] = [drop_denied(t, functools.partial(blurred.gain, i)) for i, t in enumerate(plain)]
     return methods
 
+# %% ../nbs/11a_repair.ipynb #10e9cc28
 def run_repair(
     cfg:RepairConfig,
     seed:int=0,       # of pictures, draws and intervals
@@ -341,5 +345,5 @@ def plot_methods(
             better = d["lo"] > 0 if what == "coverage" else d["hi"] < 0
             colour = "C2" if better else "C3" if d["lo"] > 0 or d["hi"] < 0 else "0.5"
             ax.errorbar(d["mean"], y, xerr=[[d["mean"] - d["lo"]], [d["hi"] - d["mean"]]], fmt="o", ms=4, color=colour, capsize=2)
-        ax.axvline(0, color="k", lw=.7); ax.set_title(f"{what} − greedy's {100*methods['greedy'][what]['mean']:.1f} %, points", fontsize=8); ax.invert_yaxis()
-    axes[0].set_yticks(range(len(names)), names, fontsize=7); axes[1].tick_params(labelleft=False)
+        ax.axvline(0, color="k", lw=.7); ax.set_title(f"{what} − greedy's {100*methods['greedy'][what]['mean']:.1f} %, points", fontsize=8)
+    axes[0].set_ylim(len(names) - .5, -.5); axes[0].set_yticks(range(len(names)), names, fontsize=7); axes[1].set_ylim(len(names) - .5, -.5); axes[1].set_yticks([])

@@ -51,7 +51,7 @@ def test_what_a_cut_leaves_is_a_sentence():
             for cut in cuts(text):
                 if not _general(one_way(read_facts(cut).facts)) <= _general(one_way(read_facts(text).facts)): continue
                 n += 1
-                assert not bad.search(cut) and not cut[0].islower() and cut[-1] == "." and len(cut) < len(text) + 20, (text, cut)
+                assert not bad.search(cut) and not cut[0].islower() and cut[-1] == ".", (text, cut)
     assert n > 800
 
 
