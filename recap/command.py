@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'world_app', 'corpus_app', 'STOPPED', 'run_command', 'main', 'parse_given', 'study', 'stage', 'make', 'inspect',
-           'validate', 'convert', 'relabel', 'caption', 'sample', 'results']
+           'validate', 'convert', 'relabel', 'caption', 'tune', 'sample', 'results']
 
 # %% ../nbs/28_command.ipynb #c9566476
 import json, os, sys
@@ -220,6 +220,32 @@ def caption(
             if row["caption"]: print(f"{images[i]}: {row['caption']}")
     for _, said in sorted(bad.items()): print(f"recap: {said}", file=sys.stderr)
     return int(bool(bad))
+
+# %% ../nbs/28_command.ipynb #7e10a002
+@app.command()
+def tune(
+    pairs:Path=typer.Argument(help="pictures with captions: a folder (a .txt beside each, or metadata.jsonl), shards, or a .jsonl file of image and caption"),
+    style:str=typer.Option(..., help="name of the new style"),
+    out:str=typer.Option("", help="folder of the new captioner; empty: runs/styles/STYLE"),
+    captioner:str=typer.Option("", help="folder of the captioner to start from; empty: the small one that comes with the project"),
+    column:str=typer.Option("alt", help="which captions, where there are several"),
+    steps:int=typer.Option(300), batch_size:int=typer.Option(64),
+    lr:float=typer.Option(0., help="learning rate; 0: by the captioner's size"),
+    held_out:int=typer.Option(0, help="pictures kept for measuring; 0: a fifth, 40 at most"),
+    seed:int=typer.Option(0),
+    check:bool=typer.Option(False, help="only look at the pairs"),
+    json_:bool=typer.Option(False, "--json", help="for programs"),
+):
+    "Teach a captioner to write as these captions do; a killed run goes on."
+    from recap.finetune import own_style
+    tell = lambda line: print(f"recap: {line}", file=sys.stderr)
+    found = own_style(_path(pairs), style, out and _path(Path(out)), captioner, column, lr, check, seed, tell, steps=steps, batch_size=batch_size, held_out=held_out)
+    if json_: return _json(found)
+    print(f"{found['pairs']} pairs to learn from, {found['held_out']} held back")
+    if check: return
+    for kind in ("base", "tuned", "given"): print(f"{kind + ':':7}{found[kind][style]['captions'][0]}")
+    for what in ("words", "full stop", "words of style"): print(f"{what}: " + ", ".join(f"{kind} {m[what]:.2f}" for kind, m in found["measures"][style].items()))
+    print(f"captioner: {found['out']}")
 
 # %% ../nbs/28_command.ipynb #4cb6561e
 @app.command()
