@@ -100,6 +100,7 @@ def best_of(
 # %% ../nbs/11a_repair.ipynb #4fa02cf3
 _BARE = re.compile(r"(^|, and |, while |; | and |, )((?:an?|one|two|three|four|some|several|\d) (?:(?!(?<!that )\b(?:is|are|stands?|hovers?|be)\b)[^,;.])*?) (is|are)(?=\.|,|;| and |$)", re.I)
 _EMPTY = re.compile(r"^(?:the scene is set|it takes place|this is|the image is|there (?:is|are)|(?:in )?the background(?: you see| shows)?|(?:an? )?pictures? of)?[.!?]*$", re.I)
+_WHERE = re.compile(r"^(?:" + "|".join(w for words in PLACE_WORDS.values() for w in words) + r")\.?$", re.I)
 
 def tidy(text:str) -> str:
     "Mend what a cut leaves: articles, commas, verbs without an end, sentences without a content, capitals."
@@ -111,6 +112,7 @@ def tidy(text:str) -> str:
         s = _BARE.sub(lambda m: f"{m[1]}there {m[3]} {m[2][0].lower()}{m[2][1:]}", s)
         s = re.sub(r"(^|, and |, while |; | and )(is|are)(?= )", r"\1there \2", s, flags=re.I)
         s = re.sub(r"\b(a|an) (?=(\w+))", lambda m: article(m[2])[:-len(m[2])], s, flags=re.I)
+        if _WHERE.match(s): s = f"the scene is set {s[0].lower()}{s[1:]}"
         if not _EMPTY.match(s): out.append(s[0].upper() + s[1:])
     text = " ".join(out)
     return text + "." if text and text[-1] not in ".!?" else text
