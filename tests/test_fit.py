@@ -18,7 +18,7 @@ from recap.fit import FitConfig, fit, load_checkpoint, optimizers, step_indices
 # from one that has imported everything; `fit` is what is tested, `batch_loss` is the captioner's own.
 SCRIPT = '''
 import json, os, signal, sys, traceback
-import torch
+import accelerate, open_clip, torch     # once, before the forks
 from recap.captioner import batch_loss, captioner_config, captioner_tokenizer, draw_text, make_captioner, normalise, scene_pool, CaptionTokenizer
 from recap.core import RecapError, keyed_rng, write_json
 from recap.fit import FitConfig, fit
