@@ -143,13 +143,11 @@ def test_refusals_are_one_line(tmp_path, tiny_folder):
     full = tmp_path/"full"
     full.mkdir(); (full/"diary.txt").write_text("mine")
     one_line(recap(root, "tune", few, *base), "too few", "RECAP")
-    one_line(recap(root, "tune", same, *base), "whatever it sees", "A cat.")
-    one_line(recap(root, "tune", tmp_path/"bad.jsonl", *base), "line 2", '"image"')
-    one_line(recap(root, "tune", tmp_path/"nowhere", *base), "does not exist")
-    one_line(recap(root, "tune", good, *base, "--column", "haiku"), "haiku")
-    one_line(recap(root, "tune", good, *base, "--out", full), "diary.txt", "--out")
-    one_line(recap(root, "tune", good, "--captioner", good, "--style", "mine"), "not a captioner")
-    assert (full/"diary.txt").read_text() == "mine" and not (root/"runs").exists()
+    for path, given, words in ((same, {}, ("whatever it sees", "A cat.")), (tmp_path/"bad.jsonl", {}, ("line 2", '"image"')), (tmp_path/"nowhere", {}, ("does not exist",)),
+                               (good, {"column": "haiku"}, ("haiku",)), (good, {"out": str(full)}, ("diary.txt", "--out")), (good, {"captioner": str(good)}, ("not a captioner",))):
+        with pytest.raises(RecapError) as e: own_style(str(path), "mine", **{"out": str(root/"runs/mine"), "captioner": str(tiny_folder), "tell": lambda line: None} | given)
+        for w in words: assert w in str(e.value)
+    assert (full/"diary.txt").read_text() == "mine" and not list((root/"runs").rglob("*.safetensors"))
 
 
 def test_a_killed_tune_goes_on_to_the_same_weights(tmp_path, tiny_folder):
