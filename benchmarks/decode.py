@@ -220,9 +220,8 @@ def real_lengths(repeats):
 
 def measure_case(other, model, packs, mode, batch, tokens, repeats, device):
     "One case: the two sides in turns."
-    import torch
     images, kinds = pictures(batch).to(device), list(packs)
-    speed, share, over = {k: [] for k in ("open_clip", *kinds)}, {k: [] for k in kinds}, []
+    speed, share = {k: [] for k in ("open_clip", *kinds)}, {k: [] for k in kinds}
     for k in kinds: ours(packs[k], mode, images, min(tokens, 4))
     for _ in range(repeats):
         theirs, seconds = other(mode, batch, tokens)
@@ -246,7 +245,6 @@ def measure_case(other, model, packs, mode, batch, tokens, repeats, device):
 
 def measure_blip(packs, batch, tokens, repeats, device):
     "Ours and BLIP in turns, each in both number types."
-    import torch
     images, row = pictures(batch).to(device), dict(batch=batch, tokens=tokens, ours={}, blip={})
     for k, packed in packs.items():
         blip, a, b = make_blip(packed.dtype, device), [], []
@@ -278,19 +276,24 @@ def main():
     cases = [c for c in (QUICK if args.quick else CASES) if not args.only or "-".join(map(str, c)) in args.only]
     model = make_captioner(config(), SEED).to(device).eval()
     packs = {"float32": Packed(model, torch.float32), "bfloat16": Packed(model, torch.bfloat16)}
-    other = Peer(args.device)
-    found = [measure_case(other, model, packs, *c, repeats, device) for c in cases]
-    other.close()
+    found, blip, real = [], [], None
     batches, tokens = ((4,), 8) if args.quick else ((1, 16, 64), 20)
-    blip = [measure_blip(packs, b, tokens, repeats, device) for b in batches]
     shown = [parts(p, k, 4 if args.quick else 64, 3 if args.quick else 9) for k, p in packs.items()]
     for p in shown: print(p["dtype"], p["milliseconds"], flush=True)
-    main_case = next((c for c in found if (c["mode"], c["batch"], c["tokens"]) == ("greedy", 64, 60)), found[0])
-    result = dict(seed=SEED, threads=1, device=str(device), clock="process" if device.type != "cuda" else "wall", peer=f"transformers {other.version}", cases=found, blip=blip, parts=shown,
-                  share_of_limit=main_case.get("share_of_limit", {}), real_lengths=None if args.quick else real_lengths(repeats), provenance=provenance(),
-                  model=dict(config=config(), parameters=sum(p.numel() for p in model.parameters())))
-    if args.out: write_json(args.out, result)
-    say("decode", main_case["per_second"]["float32"]["median"], main_case["per_second"]["open_clip"]["median"], result["share_of_limit"].get("float32"),
+    def result(): # written after every case, so that a run that is cut short has told something
+        main_case = next((c for c in found if (c["mode"], c["batch"], c["tokens"]) == ("greedy", 64, 60)), found[-1])
+        told = dict(seed=SEED, threads=1, device=str(device), clock="process" if device.type != "cuda" else "wall", peer=f"transformers {other.version}", cases=found, blip=blip, parts=shown,
+                    share_of_limit=main_case.get("share_of_limit", {}), real_lengths=real, provenance=provenance(),
+                    model=dict(config=config(), parameters=sum(p.numel() for p in model.parameters())), complete=len(found) == len(CASES) and bool(real))
+        if args.out: write_json(args.out, told)
+        return main_case, told
+    other = Peer(args.device)
+    for c in cases: found.append(measure_case(other, model, packs, *c, repeats, device)); result()
+    other.close()
+    for b in batches: blip.append(measure_blip(packs, b, tokens, repeats, device)); result()
+    if not args.quick: real = real_lengths(repeats)
+    main_case, told = result()
+    say("decode", main_case["per_second"]["float32"]["median"], main_case["per_second"]["open_clip"]["median"], told["share_of_limit"].get("float32"),
         mode=main_case["mode"], batch=main_case["batch"], tokens=main_case["tokens"], unit="captions a second", dtype="float32")
 
 
