@@ -4,7 +4,7 @@
 
 SSC and DSC learn as the cpu study has them (scales/cpu/tune_*.yaml); RECAP's captioner learns from 100 written pairs, half short and half
 long, in 300 steps of 64 with dropout 0.1, once at the paper's rate and once at one that suits a captioner as small as ours. Then all of them
-caption the same twelve held-back pictures, and scenes of each world that none has seen, whose facts are counted. Page 10 shows the file."""
+caption the same twelve held-back pictures, and scenes of each world that none has seen, whose facts are counted."""
 import argparse
 import time
 from pathlib import Path
@@ -27,7 +27,7 @@ LOOKS = (0, 10, 20, 40, 80, 150, 225, 300)   # steps at which a captioner is loo
 
 
 def round_all(x):
-    return {k: round_all(v) for k, v in x.items()} if isinstance(x, dict) else [round_all(v) for v in x] if isinstance(x, list) else round(x, 4) if isinstance(x, float) else x
+    return {k: round_all(v) for k, v in x.items()} if isinstance(x, dict) else [round_all(v) for v in x] if isinstance(x, list) else float(f"{x:.4g}") if isinstance(x, float) else x
 
 
 def arm(base, cfg, seed, seen):

@@ -161,7 +161,8 @@ def test_a_killed_tune_goes_on_to_the_same_weights(tmp_path, tiny_folder):
     os.kill(going.pid, signal.SIGKILL); going.wait()
     assert not (tmp_path/"killed/open_clip_config.json").exists()
     (path/"00.txt").write_text("Something else.")
-    one_line(recap(root, *command, "--out", tmp_path/"killed"), "other settings")
+    other = recap(root, *command, "--out", tmp_path/"killed")
+    assert other.returncode == 2 and "other settings" in other.stderr.strip().split("\n")[-1]
     (path/"00.txt").write_text(TEXTS[0])
     again = recap(root, *command, "--out", tmp_path/"killed")
     assert again.returncode == 0, again.stderr
