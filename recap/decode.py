@@ -84,7 +84,7 @@ class Packed:
         self.look = [_Layer(b, dtype, cross=True) for b in decoder.cross_attn]
         self.norm_text, self.norm_head = None if self.cls else _parts(tower.ln_final), _parts(decoder.ln_final)
         head, self.vocab, self.ready = decoder.text_projection.detach(), decoder.text_projection.shape[1], {}
-        wide = BLOCK*-(-self.vocab//(16*BLOCK)) if self.device.type == "cpu" else self.vocab
+        wide = BLOCK*-(-self.vocab//(8*BLOCK)) if self.device.type == "cpu" and dtype != torch.float32 else self.vocab
         self.head = [h.to(dtype).contiguous() for h in head.split(wide, 1)]
 
     @torch.no_grad()
