@@ -115,7 +115,7 @@ class TrustConfig(Config):
     world: str = "easy"       # slice of the world
     pictures: int = 24        # scenes, each in three views
     noise: float = 0.2        # share of noise before denoising
-    scorers: str = "detector,clip_scorer"  # which to test, also "vqa"
+    scorers: str = "detector,clip_scorer,vqa"  # which to test
     detector: str = ""        # folder of each scorer; empty: the foundation one
     clip_scorer: str = ""
     vqa: str = ""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recap import vqa
-from recap.core import RecapError, keyed_rng
+from recap.core import RecapError, foundation, keyed_rng, read_json
 from recap.fit import FitConfig
 from recap.scorers import Shown, draw_scenes, render_all, seeded
 from recap.world import KINDS, Scene, Thing, facts_of, render, scenes_of
@@ -141,3 +141,28 @@ def test_a_folder_that_is_no_vqa_model_is_refused(tmp_path):
     with pytest.raises(RecapError, match="make foundation"): vqa.VQAScorer.from_pretrained(tmp_path)
     (tmp_path/"config.json").write_text('{"architectures": ["BlipForConditionalGeneration"]}')
     with pytest.raises(RecapError, match="holds BlipForConditionalGeneration"): vqa.VQAScorer.from_pretrained(tmp_path)
+
+
+# the shipped weights
+
+@pytest.fixture(scope="module")
+def shipped(): return vqa.VQAScorer.from_pretrained(foundation("vqa"))
+
+
+def test_shipped_reliable_kinds_are_reliable(shipped):
+    pool = draw_scenes(100, 4242, 0.)
+    got = vqa.measure_vqa(shipped, [render(s.drawn) for s in pool], pool)
+    kinds = read_json(foundation("vqa")/"manifest.json")["quality"]["reliable_kinds"]
+    assert "place" in kinds
+    for k in kinds: assert min(got[k].values()) > .85, (k, got[k])
+    for k in ("object", "colour", "position", "size"): assert sum(got[k].values()) > 1.3, (k, got[k])   # 1 is guessing
+
+
+def test_shipped_weights_are_small_and_load_in_transformers(shipped):
+    from transformers import BlipForQuestionAnswering, BlipProcessor
+    size = lambda name: sum(f.stat().st_size for f in foundation(name).iterdir())
+    assert size("vqa") < 5*2**20 and size("vqa") + size("detector") < 8*2**20
+    theirs, processor = BlipForQuestionAnswering.from_pretrained(foundation("vqa"), dtype=torch.float32).eval(), BlipProcessor.from_pretrained(foundation("vqa"))
+    picture = render(Scene("beach", (Thing("car", "red", "large", "left"),)))
+    with torch.no_grad(): said = theirs.generate(**processor(images=picture, text="which place is this?", return_tensors="pt"), max_new_tokens=3)
+    assert processor.decode(said[0], skip_special_tokens=True) == shipped.say([picture], ["which place is this?"])[0] == "beach"
