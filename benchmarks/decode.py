@@ -168,6 +168,7 @@ def parts(packed, dtype, batch, repeats):
         for k in kept + list(decoder.seen): decode.attend(query, *k, HEADS)
     def step(): decoder.place = middle; decoder.advance(tokens, head=False)
     jobs = dict(products=products, attention=attention, step=step, vocabulary=lambda: decoder.vocabulary(x), choice=lambda: decode._choose(decoder.scores[:, :VOCAB], decode.greedy))
+    if packed.draft: state = decoder.draft(x); jobs |= dict(vocabulary=lambda: decoder.draft(x), choice=lambda: decoder.settle(state))
     found = {k: [] for k in jobs}
     for _ in range(repeats + 1):
         for k, f in jobs.items(): begin = clock(packed.device); f(); found[k].append(1e3*(clock(packed.device) - begin))

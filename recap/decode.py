@@ -13,7 +13,7 @@ from typing import Callable
 from fastcore.basics import patch
 import torch
 import torch.nn.functional as F
-from .captioner import Loaded, as_pixels, load_captioner, normalise
+from .captioner import Loaded, load_captioner
 from .core import RecapError, foundation, pick_device, pick_dtype, progress
 from .servers import as_picture
 
@@ -65,6 +65,8 @@ class _Layer:
 # %% ../nbs/09_decode.ipynb #a9000005
 BLOCK = 128  # scores that are compared at once
 
+def _quick_bf16(): return any(getattr(torch.cpu, f"_is_{n}_supported", bool)() for n in ("amx_tile", "avx512_bf16"))
+
 class Packed:
     "A captioner's weights as decoding reads them: a copy, to be made anew when the model has changed."
     def __init__(self,
@@ -84,15 +86,19 @@ class Packed:
         self.look = [_Layer(b, dtype, cross=True) for b in decoder.cross_attn]
         self.norm_text, self.norm_head = None if self.cls else _parts(tower.ln_final), _parts(decoder.ln_final)
         head, self.vocab, self.ready = decoder.text_projection.detach(), decoder.text_projection.shape[1], {}
-        wide = BLOCK*-(-self.vocab//(8*BLOCK)) if self.device.type == "cpu" and dtype != torch.float32 else self.vocab
-        self.head = [h.to(dtype).contiguous() for h in head.split(wide, 1)]
+        wide, cpu = BLOCK*-(-self.vocab//(8*BLOCK)), self.device.type == "cpu"
+        self.head = [h.to(dtype).contiguous() for h in head.split(wide if cpu and dtype != torch.float32 else self.vocab, 1)]
+        self.draft = cpu and dtype == torch.float32 and self.vocab >= 8192 and _quick_bf16() and [h.bfloat16().contiguous() for h in head.split(wide, 1)]
+        if self.draft:
+            self.words = self.head[0].t().contiguous()                                           # (vocabulary, d)
+            self.longest = [t.norm(dim=1).max() for t in (self.words, self.words - self.words.bfloat16().float())]
 
     @torch.no_grad()
     def see(self,
         images:torch.Tensor, # normalised (n, 3, size, size)
     ) -> list:               # for each cross-attention layer (2, n * heads, patches, width)
         "The patches' keys and values."
-        patches = self.visual(images.to(self.dtype))[1]
+        patches = torch.cat([self.visual(x)[1] for x in images.to(self.dtype).split(16 if images.device.type == "cpu" else len(images))])   # 16 stay in the cache
         n, found = len(patches), []
         for l in self.look:
             kv = l.product(_norm(patches, l.norm_kv).flatten(0, 1), l.kv).view(n, -1, 2, l.heads, l.width)
@@ -128,6 +134,8 @@ class _Memory:
         self.hidden = new(n//self.group, self.group, max_len + 1)                                # by token 0, in the text tower
         self.closed = new(len(images), rows, max_len, rows) if self.group > 1 else None          # the words of other beams
         self.scores = new(n, BLOCK*-(-packed.vocab//BLOCK), dtype=torch.float32).fill_(-torch.inf)
+        self.doubts = 0
+        if packed.draft: self.drafts = torch.full_like(self.scores, -torch.inf, dtype=torch.bfloat16)
         self.restart(images)
 
     def restart(self, images): # as many as before
@@ -178,7 +186,7 @@ class Decoder(_Memory):
         return self.advance(tokens).clone()
 
     @torch.no_grad()
-    def advance(self, tokens, head=True): # the same scores in memory that the next step overwrites; head=False: only remember
+    def advance(self, tokens, head=True): # the same scores in memory that the next step overwrites; head=False: no scores but the state they come from
         packed, j, g = self.packed, self.place, self.group
         x, zero = packed.embed[tokens] + packed.places[j], tokens == packed.pad
         if packed.cls and (self.zeros or bool(zero.any())):
@@ -194,7 +202,7 @@ class Decoder(_Memory):
             query = look.product(_norm(x, look.norm_1), look.ask).view(self.pictures, self.rows, look.heads, look.width)
             x = look.finish(x, attend(_by_head(query), *seen, look.heads))
         self.place += 1
-        return self.vocabulary(x) if head else None
+        return self.vocabulary(x) if head else x
 
 # %% ../nbs/09_decode.ipynb #a9000012
 @patch
@@ -291,12 +299,12 @@ def best(
     return near, where.gather(1, inside//BLOCK)*BLOCK + inside % BLOCK
 
 def log_total(
-    scores:torch.Tensor, # (rows, vocabulary): overwritten
+    scores:torch.Tensor, # (rows, vocabulary): float32 is overwritten
     top:torch.Tensor,    # (rows, 1) the largest of each row, or a little more
 ) -> torch.Tensor:       # (rows,)
     "The logarithm of the sum of exponentials."
     step = len(scores) if scores.is_cuda else max(1, 2**18//scores.shape[1])
-    return torch.cat([s.sub_(t).exp_().sum(-1) for s, t in zip(scores.split(step), top.split(step))]).log() + top[:, 0]
+    return torch.cat([s.float().sub_(t).exp_().sum(-1) for s, t in zip(scores.split(step), top.split(step))]).log() + top[:, 0]
 
 # %% ../nbs/09_decode.ipynb #a9000018
 def _choose(scores, pick, ban=None): # -> the next tokens and their log probabilities, (rows,) each; `ban`: a token that may not come
@@ -306,6 +314,35 @@ def _choose(scores, pick, ban=None): # -> the next tokens and their log probabil
     if ban is not None: scores[:, ban] = kept; top = torch.maximum(top, kept[:, None])   # the probability is the model's own, before the ban
     gain = scores.gather(1, tokens)[:, 0]
     return tokens[:, 0], gain - log_total(scores, top)
+
+# %% ../nbs/09_decode.ipynb #a9000041
+@patch
+def draft(self:Decoder, x): # all scores in bfloat16 -> the state in float32, (rows, d)
+    h, at = _norm(x, self.packed.norm_head), 0
+    for part in self.packed.draft:
+        torch.mm(h.bfloat16(), part, out=self.drafts[:len(h), at:at + part.shape[1]])
+        at += part.shape[1]
+    return h
+
+@patch
+def settle(self:Decoder, h, ban=None, count=16): # what `_choose` gives for `greedy`, from the draft
+    packed, scores = self.packed, self.drafts[:len(h), :self.packed.vocab]
+    near, tokens = best(scores, count)                                              # (rows, candidates)
+    exact = torch.bmm(packed.words[tokens], h[:, :, None])[:, :, 0]
+    scores[torch.arange(len(h))[:, None], tokens] = -torch.inf                       # the others
+    total = torch.logaddexp(log_total(scores, near[:, :1].float()), exact.logsumexp(-1))
+    gain, at = (exact if ban is None else exact.masked_fill(tokens == ban, -torch.inf)).max(-1)
+    token, last, rounded = tokens.gather(1, at[:, None])[:, 0], near[:, -1].float(), h.bfloat16().float()
+    (widest, lost), length = packed.longest, h.norm(dim=1)
+    limit = last + last.abs()/256 + (h - rounded).norm(dim=1)*widest + rounded.norm(dim=1)*lost + 2**-23*h.shape[1]*length*widest   # no other token is above
+    doubt = (~(gain > limit)).nonzero()[:, 0]
+    if len(doubt):
+        full = h[doubt] @ packed.head[0]
+        total[doubt] = full.logsumexp(-1)
+        if ban is not None: full[:, ban] = -torch.inf
+        gain[doubt], token[doubt] = full.max(-1)
+    self.doubts += len(doubt)
+    return token, gain - total
 
 # %% ../nbs/09_decode.ipynb #5e7a82aa
 @dataclass
@@ -332,7 +369,9 @@ def generate(
     tokens, total, over = torch.full((n, max_len), end, device=device), torch.zeros(n, device=device), torch.zeros(n, dtype=torch.bool, device=device)
     rows, fixed = torch.arange(n, device=device), isinstance(decoder, _Recorded)
     for place in range(1 + len(prefix), max_len):
-        newest, gain = _choose(decoder.advance(newest), pick, end if place < min_len else None)
+        ban = end if place < min_len else None
+        if pick is greedy and decoder.packed.draft: newest, gain = decoder.settle(decoder.draft(decoder.advance(newest, head=False)), ban)
+        else: newest, gain = _choose(decoder.advance(newest), pick, ban)
         live = ~over[rows]
         tokens[rows, place] = torch.where(live, newest, end)
         total[rows] += torch.where(live, gain, 0.)
@@ -482,10 +521,6 @@ class Captioner:
         return self.prefixes[style or self.style]
 
 # %% ../nbs/09_decode.ipynb #a9000027
-def _pixels(images, size): # -> uint8 (n, 3, size, size)
-    if not hasattr(images, "ndim"): images = [as_picture(i) for i in images]
-    return as_pixels(images, size)
-
 @patch
 def caption_rows(self:Captioner,
     images,              # PIL images of any mode, arrays, tensors, bytes or paths of files, of any sizes; or one uint8 array (n, h, w, 3) or tensor (n, 3, h, w)
@@ -502,10 +537,10 @@ def caption_rows(self:Captioner,
     if kwargs and not beams: raise RecapError(f"{', '.join(kwargs)}: only with beams")
     if beams and (copies > 1 or pick is not greedy): raise RecapError("a beam search finds one caption a picture: leave out copies and pick, or beams")
     how = dict(max_len=max_len or self.packed.context, start=self.words.start, end=self.words.end, prefix=self.prefix(style), min_len=min_len)
-    pre, rows = self.loaded.config.get("preprocess_cfg", {}), []
+    rows = []
     for i in progress(range(0, len(images), batch_size), -(-len(images)//batch_size), "captions"):
-        x = _pixels(images[i:i + batch_size], self.loaded.image_size).to(self.device)
-        x = normalise(x, pre.get("mean", (.5,)*3), pre.get("std", (.5,)*3))
+        some = images[i:i + batch_size]
+        x = self.loaded.prepare(some if hasattr(some, "ndim") else [as_picture(p) for p in some], self.device)
         found = beam(self.packed, x, beams=beams, **how, **kwargs) if beams else generate(self.packed, x, pick=pick, copies=copies, **how)
         rows += [dict(caption=self.words.decode(w.ids), tokens=len(w.ids), logprob=w.logprob, flags="" if w.finished else "cut") for w in found]
     return rows

@@ -233,6 +233,39 @@ def test_any_way_of_choosing_gets_the_scores_that_greedy_sees():
     assert [w.ids for w in generate(model, images, 24, pick=lambda s: s.argmax(-1))] == [w.ids for w in generate(model, images, 24, pick=greedy)]
 
 
+@pytest.mark.parametrize("copies, spread, doubted", [(1, 0., False), (12, 2e-3, False), (100, 2e-3, True)])
+def test_the_draft_changes_no_token(monkeypatch, copies, spread, doubted):
+    """Tokens of almost the same weights, whose order bfloat16 does not know; with 100 of them the candidates prove nothing."""
+    monkeypatch.setattr(decode, "_quick_bf16", lambda: True)
+    model, images, settle, seen = tiny(9000, 6), noise(4, 6), Decoder.settle, []
+    with torch.no_grad():
+        w, r = model.text_decoder.text_projection, keyed_torch(0, "copies")
+        w.copy_(w[:, torch.arange(9000)//copies]*(1 + spread*torch.randn(9000, generator=r)))
+    def watched(self, h, ban=None):
+        known = self.drafts[:len(h), :9000].argmax(-1)
+        before, found = self.doubts, settle(self, h, ban)
+        seen.append((len(h), self.doubts - before, int((known != found[0]).sum())))
+        return found
+    monkeypatch.setattr(Decoder, "settle", watched)
+    written, plain = generate(model, images, 24, end=1, min_len=24), plain_greedy(model, images, end=-1, max_len=24)
+    rows, doubts, changed = map(sum, zip(*seen))
+    assert [w.ids for w in written] == plain and (doubts > rows/2) == doubted and changed > 0
+    for im, w in zip(images, written):
+        row = torch.tensor([[2, *w.ids]])
+        with torch.no_grad(): logs = model(im[None], row, output_labels=False)["logits"][0].double().log_softmax(-1)
+        assert abs(logs[:-1].gather(1, row[0, 1:, None]).sum().item() - w.logprob) < 1e-3*len(w.ids)
+
+
+def test_the_draft_obeys_the_ban(monkeypatch):
+    monkeypatch.setattr(decode, "_quick_bf16", lambda: True)
+    packed, x = Packed(tiny(9000, 6)), torch.randn(5, 64, generator=keyed_torch(0, "states"))
+    decoder = Decoder(packed, noise(5), 4)
+    first, _ = decode._choose(decoder.vocabulary(x), greedy)
+    for ban in first.tolist():
+        (a, p), (b, q) = decode._choose(decoder.vocabulary(x), greedy, ban), decoder.settle(decoder.draft(x), ban)
+        assert torch.equal(a, b) and torch.allclose(p, q, atol=1e-3) and ban not in b
+
+
 def test_bfloat16_is_close_and_leaves_the_model_alone():
     model, images = tiny(500, 3), noise(8, 3)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -257,6 +290,19 @@ def test_pictures_of_every_kind(tmp_path):
     assert c.caption([]) == c.caption(np.zeros((0, 64, 64, 3), dtype=np.uint8)) == [] and c.styles == []
     with pytest.raises(RecapError, match="beams"): c.caption(pictures, diversity=1.)
     with pytest.raises(RecapError, match="one caption"): c.caption(pictures, beams=2, copies=2)
+
+
+def test_pictures_are_prepared_as_the_configuration_says():
+    words = captioner_tokenizer(["a red cat on the beach"]*3, 300)
+    cfg, seen = captioner_config("tiny", words.tokenizer.get_vocab_size(), 20), []
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8))
+    for pre in ({}, dict(resize_mode="shortest", interpolation="bilinear", mean=(.4, .5, .6), std=(.2, .3, .4))):
+        loaded = Loaded(make_captioner(cfg), words, dict(model_cfg=cfg, preprocess_cfg=pre), {})
+        c = Captioner(loaded, device="cpu")
+        hook = loaded.model.visual.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+        c.caption_rows([wide], max_len=3); hook.remove()
+    from recap.captioner import as_pixels, normalise
+    assert torch.equal(seen[0], normalise(as_pixels([wide], 64))) and torch.equal(seen[1], normalise(as_pixels([wide], 64, "shortest", "bilinear"), (.4, .5, .6), (.2, .3, .4)))
 
 
 def test_styles_are_called_up_by_their_prefix():
