@@ -263,7 +263,7 @@ def test_the_draft_obeys_the_ban(monkeypatch):
     first, _ = decode._choose(decoder.vocabulary(x), greedy)
     for ban in first.tolist():
         (a, p), (b, q) = decode._choose(decoder.vocabulary(x), greedy, ban), decoder.settle(decoder.draft(x), ban)
-        assert torch.equal(a, b) and torch.allclose(p, q, atol=1e-3) and ban not in b
+        assert torch.equal(a, b) and torch.allclose(p, q, atol=5e-3) and ban not in b
 
 
 def test_bfloat16_is_close_and_leaves_the_model_alone():
