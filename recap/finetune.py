@@ -305,7 +305,7 @@ def caption_table(
                 draw.text((x, y + 9 + 15*max(1, len(text))), f"{len(found.told)} told", "#2f7d4f", font(11))
                 if found.invented: draw.text((x + 46, y + 9 + 15*max(1, len(text))), f"{len(found.invented)} invented", "#b8493e", font(11))
         y += height
-    return table.quantize(colours)
+    return table.quantize(colours, method=Image.Quantize.FASTOCTREE)  # median cut drops the colours of small things
 
 # %% ../nbs/10_finetune.ipynb #c1a70b26
 def gather(

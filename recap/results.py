@@ -410,7 +410,7 @@ def publish_study(
     scale = results["scale"]
     write_json(Path(out)/f"{scale}.json", {**results, "provenance": made})
     fig = result_picture(study); fig.savefig(drawn := io.BytesIO(), dpi=100); plt.close(fig)
-    Image.open(drawn).convert("RGB").quantize(128).save(Path(out)/f"{scale}-grid.png", optimize=True)   # a palette: a fraction of the size
+    Image.open(drawn).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE).save(Path(out)/f"{scale}-grid.png", optimize=True)   # a palette: a fraction of the size; median cut would drop the colours of small things
 
 def headline_table(
     path:Path,     # a file that publish_study wrote
