@@ -325,24 +325,24 @@ def draft(self:Decoder, x): # all scores in bfloat16 -> the state in float32, (r
     return h
 
 @patch
-def settle(self:Decoder, h, ban=None, count=16): # what `_choose` gives for `greedy`, from the draft
+def settle(self:Decoder, h, ban=None, k=1, count=16): # from the draft: the best tokens' scores in float32 and their numbers, (rows, k) each; the logarithm of the sum of all
     packed, scores = self.packed, self.drafts[:len(h), :self.packed.vocab]
-    near, tokens = best(scores, count)                                              # (rows, candidates)
+    near, tokens = best(scores, max(count, 4*k))                                    # (rows, candidates)
     exact = torch.bmm(packed.words[tokens], h[:, :, None])[:, :, 0]
     scores[torch.arange(len(h))[:, None], tokens] = -torch.inf                       # the others
     total = torch.logaddexp(log_total(scores, near[:, :1].float()), exact.logsumexp(-1))
-    gain, at = (exact if ban is None else exact.masked_fill(tokens == ban, -torch.inf)).max(-1)
-    token, last, rounded = tokens.gather(1, at[:, None])[:, 0], near[:, -1].float(), h.bfloat16().float()
+    gain, at = (exact if ban is None else exact.masked_fill(tokens == ban, -torch.inf)).topk(k)
+    token, last, rounded = tokens.gather(1, at), near[:, -1].float(), h.bfloat16().float()
     (widest, lost), length = packed.longest, h.norm(dim=1)
     limit = last + last.abs()/256 + (h - rounded).norm(dim=1)*widest + rounded.norm(dim=1)*lost + 2**-23*h.shape[1]*length*widest   # no other token is above
-    doubt = (~(gain > limit)).nonzero()[:, 0]
+    doubt = (~(gain[:, -1] > limit)).nonzero()[:, 0]
     if len(doubt):
         full = h[doubt] @ packed.head[0]
         total[doubt] = full.logsumexp(-1)
         if ban is not None: full[:, ban] = -torch.inf
-        gain[doubt], token[doubt] = full.max(-1)
+        gain[doubt], token[doubt] = full.topk(k)
     self.doubts += len(doubt)
-    return token, gain - total
+    return gain, token, total
 
 # %% ../nbs/09_decode.ipynb #5e7a82aa
 @dataclass
@@ -370,7 +370,9 @@ def generate(
     rows, fixed = torch.arange(n, device=device), isinstance(decoder, _Recorded)
     for place in range(1 + len(prefix), max_len):
         ban = end if place < min_len else None
-        if pick is greedy and decoder.packed.draft: newest, gain = decoder.settle(decoder.draft(decoder.advance(newest, head=False)), ban)
+        if pick is greedy and decoder.packed.draft:
+            near, newest, total_of = decoder.settle(decoder.draft(decoder.advance(newest, head=False)), ban)
+            newest, gain = newest[:, 0], near[:, 0] - total_of
         else: newest, gain = _choose(decoder.advance(newest), pick, ban)
         live = ~over[rows]
         tokens[rows, place] = torch.where(live, newest, end)
@@ -417,20 +419,22 @@ class _Beams:
         return [(rate, Written(ids[skip:n], logs, ended)) for rate, ids, logs, n, ended in zip(self.rate[:, 0].tolist(), *told)]
 
 # %% ../nbs/09_decode.ipynb #a9000022
-def _candidates(s, scores, legacy, ban, taken, diversity): # -> the 2 * size best ways on for each picture: sums, log probabilities, beams gone on from, tokens
-    n = len(s.sums)
+def _nearest(scores, k, ban=None): # -> the best tokens' scores and their numbers, (rows, k) each; the logarithm of the sum of all
     if ban is not None: before = scores[:, ban].clone(); scores[:, ban] = -torch.inf
-    near, tokens = best(scores, min(2*s.size + len(taken), scores.shape[1]))         # (rows, k)
+    near, tokens = best(scores, min(k, scores.shape[1]))
     if ban is not None: scores[:, ban] = before
-    total = log_total(scores, near[:, :1] if ban is None else torch.maximum(near[:, :1], before[:, None])).view(n, s.size, 1)
-    near, tokens = near.view(n, s.size, -1), tokens.view(n, s.size, -1)
+    return near, tokens, log_total(scores, near[:, :1] if ban is None else torch.maximum(near[:, :1], before[:, None]))
+
+def _candidates(s, found, legacy, taken, diversity): # -> the 2 * size best ways on for each picture: sums, log probabilities, beams gone on from, tokens
+    n = len(s.sums)
+    near, tokens, total = (t.view(n, s.size, -1) for t in found)
     sums, logs = s.sums[:, :, None] + (near if legacy else near - total), s.logs[:, :, None] + near - total
     ranked = sums - diversity*sum((tokens == t.view(n, 1, 1)).float() for t in taken) if taken else sums
     where = ranked.flatten(1).topk(2*s.size).indices
     return sums.flatten(1).gather(1, where), logs.flatten(1).gather(1, where), where//sums.shape[2], tokens.flatten(1).gather(1, where)
 
-def _grow(s, scores, place, max_len, end, legacy, penalty, ban=None, taken=(), diversity=0.): # one step of one group -> beams gone on from, new tokens
-    sums, logs, parents, tokens = _candidates(s, scores, legacy, ban, taken, diversity)
+def _grow(s, found, place, max_len, end, legacy, penalty, taken=(), diversity=0.): # one step of one group -> beams gone on from, new tokens
+    sums, logs, parents, tokens = _candidates(s, found, legacy, taken, diversity)
     wide = lambda t: t[:, :, None].expand(-1, -1, max_len)
     past, ends = s.tokens.gather(1, wide(parents)), tokens == end
     told = ends & (torch.arange(2*s.size, device=ends.device) < s.size)              # an end counts only among the first `size`
@@ -467,11 +471,13 @@ def beam(
         found = [s.winners(skip) for s in state] if which else []
         for i in which: out[alive[i]] = max((f[i] for f in found), key=lambda t: t[0])[1]
     for place in range(skip, max_len):
-        decoder.advance(newest)
-        wide, taken, steps = decoder.scores.view(len(alive), many, size, -1), [], []
+        ban, taken, steps, draft = end if place < min_len else None, [], [], decoder.packed.draft and many == 1
+        state_of = decoder.advance(newest, head=not draft)
+        wide = decoder.scores.view(len(alive), many, size, -1)
         for i, s in enumerate(state):
             scores = (decoder.scores if many == 1 else wide[:, i].flatten(0, 1))[:, :decoder.packed.vocab]
-            parents, tokens = _grow(s, scores, place, max_len, end, legacy, length_penalty, end if place < min_len else None, taken, diversity)
+            found = decoder.settle(decoder.draft(state_of), ban, 2*size) if draft else _nearest(scores, 2*size + len(taken), ban)
+            parents, tokens = _grow(s, found, place, max_len, end, legacy, length_penalty, taken, diversity)
             taken, steps = taken + list(tokens.unbind(1)), steps + [(parents + i*size, tokens)]
         done = torch.stack([s.done for s in state]).all(0).tolist()
         if all(done): break
