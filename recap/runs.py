@@ -330,8 +330,13 @@ def _child() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").setLevel(logging.INFO)
     import nbformat, papermill
-    try: papermill.execute_notebook(nbformat.from_dict(orders["page"]), orders["to"], orders["params"], kernel_name="python3", cwd=orders["cwd"],
-                                    progress_bar=False, log_output=True)
+    def run(): papermill.execute_notebook(nbformat.from_dict(orders["page"]), orders["to"], orders["params"], kernel_name="python3", cwd=orders["cwd"],
+                                          progress_bar=False, log_output=True)
+    try:
+        try: run()
+        except RuntimeError as e: # two kernels that start at once may be given the same port, and one dies; no cell has run yet
+            if "before replying to kernel_info" not in str(e): raise
+            run()
     except papermill.PapermillExecutionError as e: told = e.evalue if e.ename == "RecapError" else f"{e.ename}: {e.evalue}"
     except Exception as e:
         killed = type(e).__name__ == "DeadKernelError"

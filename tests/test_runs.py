@@ -148,3 +148,23 @@ def test_other_parameters_start_anew_and_the_same_continue(project):
     assert recap(project, "stage", "04_count", "-p", "steps=4").returncode == 0
     assert read_json(state.with_name("run.json"))["fresh"] is True
     assert not state.with_name(".stale").exists()
+
+
+@pytest.mark.parametrize("fault, calls", [("Kernel died before replying to kernel_info", 2), ("something else", 1)])
+def test_a_kernel_that_never_answered_is_started_once_more(monkeypatch, capsys, fault, calls):
+    import io, nbformat, papermill
+    from recap import runs
+    seen = []
+    def execute(*given, **how):
+        seen.append(how)
+        if len(seen) < 2: raise RuntimeError(fault)
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    monkeypatch.setattr(runs, "die_with_parent", lambda pid: None)
+    monkeypatch.setenv("RECAP_LAUNCHER", "")
+    orders = dict(parent=os.getpid(), page=nbformat.v4.new_notebook(), to="nowhere.ipynb", params={}, cwd=".")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(orders)))
+    if calls == 2: runs._child()
+    else:
+        with pytest.raises(SystemExit): runs._child()
+        assert fault in capsys.readouterr().out
+    assert len(seen) == calls and seen[0] == seen[-1]
