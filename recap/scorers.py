@@ -7,8 +7,9 @@ __all__ = ['SIZE', 'SIZE_NAMES', 'POSITION_NAMES', 'STANDS', 'TELLING', 'as_batc
            'scene_targets', 'cell_targets', 'shrink_and_grow', 'jpeg', 'spoil', 'nothing', 'Look', 'Conv', 'Block',
            'Eyes', 'FactHeads', 'fact_loss', 'fact_probability', 'Detector', 'seeded', 'ScorerConfig', 'draw_scenes',
            'render_all', 'train_detector', 'people_text', 'change_one', 'implied', 'fact_bits', 'true_of', 'ClipTowers',
-           'clip_tokenizer', 'token_ids', 'ClipScorer', 'clip_loss', 'train_clip', 'false_facts', 'measure_detector',
-           'clip_choices', 'measure_clip', 'held_out_views', 'reliable_kinds', 'measure_scorer', 'train_scorers']
+           'clip_tokenizer', 'token_ids', 'ClipScorer', 'clip_loss', 'train_clip', 'false_facts', 'found_and_refused',
+           'measure_detector', 'clip_choices', 'measure_clip', 'held_out_views', 'reliable_kinds', 'measure_scorer',
+           'train_scorers']
 
 # %% ../nbs/07_scorers.ipynb #f131c4cd
 import dataclasses, io, itertools, os, time, warnings
@@ -727,20 +728,28 @@ def false_facts(
     lies = {k: change_one(scene, keyed_rng("false", *keys, k), k) for k in KINDS}
     return [f for k, lie in lies.items() if lie for f in sorted(facts_of(lie) - facts_of(scene)) if f[0] == k]
 
+def found_and_refused(
+    judge,      # has `check`, such as a Detector
+    pictures,   # n pictures
+    true:list,  # facts of each
+    false:list, # facts that are wrong of each
+) -> dict[str, dict[str, float]]: # kind -> found, refused; one of them alone where the other is never asked
+    "Shares of true facts found and of false facts refused, by kind."
+    out = {}
+    for name, rows in (("found", true), ("refused", false)):
+        said = [(f[0], (p > 0.5) == (name == "found")) for row, ps in zip(rows, judge.check(pictures, rows)) for f, p in zip(row, ps)]
+        for kind in KINDS:
+            if hits := [hit for k, hit in said if k == kind]: out.setdefault(kind, {})[name] = round(float(np.mean(hits)), 4)
+    return {k: out[k] for k in KINDS if k in out}
+
 def measure_detector(
     detector:Detector,
     pictures,                       # n pictures
     seen:Sequence[Scene],           # what can be seen in each
     seed:int=0,                     # of the false facts
 ) -> dict[str, dict[str, float]]:   # kind -> found, refused; one of them alone where the other is never asked
-    "Shares of true facts found and of false facts refused, by kind."
-    asked = {"found": [sorted(facts_of(s)) for s in seen], "refused": [false_facts(s, seed, i) for i, s in enumerate(seen)]}
-    out = {}
-    for name, rows in asked.items():
-        said = [(f[0], (p > 0.5) == (name == "found")) for row, ps in zip(rows, detector.check(pictures, rows)) for f, p in zip(row, ps)]
-        for kind in KINDS:
-            if hits := [hit for k, hit in said if k == kind]: out.setdefault(kind, {})[name] = round(float(np.mean(hits)), 4)
-    return {k: out[k] for k in KINDS if k in out}
+    "How well a detector does on what can be seen in rendered pictures."
+    return found_and_refused(detector, pictures, [sorted(facts_of(s)) for s in seen], [false_facts(s, seed, i) for i, s in enumerate(seen)])
 
 # %% ../nbs/07_scorers.ipynb #7b971b26
 def clip_choices(

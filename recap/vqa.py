@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 from .core import Config, RecapError, keyed_rng, read_json
@@ -22,7 +23,7 @@ from .drawing import nouns
 from .fit import FitConfig, fit
 from .language import (COLOUR_WORDS, COUNT_WORDS, FAMILY_WORDS, INVERSE_WORDS, PLACE_WORDS, POSITION_WORDS, RELATION_WORDS, SIZE_WORDS, STYLE_NAMES,
                        TEXTURE_WORDS, WEATHER_WORDS, article, plural_of)
-from .scorers import (SIZE, Shown, Vocabulary, cell_targets, change_one, draw_scenes, false_facts, held_out_views, implied, reliable_kinds, render_all,
+from .scorers import (SIZE, Shown, Vocabulary, cell_targets, change_one, draw_scenes, false_facts, found_and_refused, held_out_views, implied, reliable_kinds, render_all,
                       scene_targets, seeded, spoil)
 from .world import INVERSE, KINDS, WORDS, Scene, facts_of, scenes_of
 
@@ -298,35 +299,6 @@ class VQAScorer:
                 said = torch.cat([said, logits.argmax(-1, keepdim=True)], -1)
             yield said[..., 1:], p
 
-    def answer(self,
-        images,                   # n pictures: PIL, or uint8 (h, w, 3)
-        questions:Sequence[str],  # a question to each
-        batch_size:int=128,
-    ) -> np.ndarray:              # (n,) probabilities of yes
-        "How likely the answer to each question is yes."
-        if len(images) != len(questions): raise RecapError(f"{len(images)} pictures for {len(questions)} questions: they must pair up")
-        rows = [p[:, 0].cpu().numpy() for _, p in self._ask(images, [[q] for q in questions], batch_size)]
-        return np.concatenate(rows) if rows else np.zeros(0, np.float32)
-
-    def say(self, images, questions:Sequence[str], batch_size:int=128) -> list[str]: # the likeliest words
-        "A word or two for an answer."
-        end, out = self.tokenizer.sep_token_id, []
-        for said, _ in self._ask(images, [[q] for q in questions], batch_size, tokens=4):
-            out += [self.tokenizer.decode(list(itertools.takewhile(lambda t: t != end, row[0].tolist()))) for row in said]
-        return out
-
-    def check(self, images, facts:Sequence[Sequence[tuple]], batch_size:int=64) -> list[list[float]]: # a probability a fact
-        "How likely each fact is, picture by picture, as the detector says it."
-        if len(images) != len(facts): raise RecapError(f"{len(images)} pictures, facts for {len(facts)}: they must pair up")
-        out, order = [None] * len(facts), sorted(range(len(facts)), key=lambda i: len(facts[i]))
-        for i in order:
-            if not facts[i]: out[i] = []
-        for n, rows in itertools.groupby([i for i in order if facts[i]], key=lambda i: len(facts[i])):
-            rows = list(rows)
-            p = torch.cat([p for _, p in self._ask([images[i] for i in rows], [questions_of(facts[i]) for i in rows], batch_size)])
-            for i, row in zip(rows, p.tolist()): out[i] = row
-        return out
-
     @classmethod
     def from_pretrained(cls, path, device="cpu"):
         "Ours, or any folder that transformers wrote of a BLIP for question answering."
@@ -342,6 +314,39 @@ class VQAScorer:
         copy.deepcopy(self.blip).half().save_pretrained(path)
         self.processor.save_pretrained(path)
 
+# %% ../nbs/07a_vqa.ipynb #a7c0f049
+@patch
+def answer(self:VQAScorer,
+    images,                   # n pictures: PIL, or uint8 (h, w, 3)
+    questions:Sequence[str],  # a question to each
+    batch_size:int=128,
+) -> np.ndarray:              # (n,) probabilities of yes
+    "How likely the answer to each question is yes."
+    if len(images) != len(questions): raise RecapError(f"{len(images)} pictures for {len(questions)} questions: they must pair up")
+    rows = [p[:, 0].cpu().numpy() for _, p in self._ask(images, [[q] for q in questions], batch_size)]
+    return np.concatenate(rows) if rows else np.zeros(0, np.float32)
+
+@patch
+def say(self:VQAScorer, images, questions:Sequence[str], batch_size:int=128) -> list[str]: # the likeliest words
+    "A word or two for an answer."
+    end, out = self.tokenizer.sep_token_id, []
+    for said, _ in self._ask(images, [[q] for q in questions], batch_size, tokens=4):
+        out += [self.tokenizer.decode(list(itertools.takewhile(lambda t: t != end, row[0].tolist()))) for row in said]
+    return out
+
+@patch
+def check(self:VQAScorer, images, facts:Sequence[Sequence[tuple]], batch_size:int=64) -> list[list[float]]: # a probability a fact
+    "How likely each fact is, picture by picture, as the detector says it."
+    if len(images) != len(facts): raise RecapError(f"{len(images)} pictures, facts for {len(facts)}: they must pair up")
+    out, order = [None] * len(facts), sorted(range(len(facts)), key=lambda i: len(facts[i]))
+    for i in order:
+        if not facts[i]: out[i] = []
+    for n, rows in itertools.groupby([i for i in order if facts[i]], key=lambda i: len(facts[i])):
+        rows = list(rows)
+        p = torch.cat([p for _, p in self._ask([images[i] for i in rows], [questions_of(facts[i]) for i in rows], batch_size)])
+        for i, row in zip(rows, p.tolist()): out[i] = row
+    return out
+
 # %% ../nbs/07a_vqa.ipynb #a7c0f035
 def measure_vqa(
     scorer,                   # has `check`: a VQAScorer or a Detector
@@ -349,15 +354,9 @@ def measure_vqa(
     shown:Sequence[Shown],    # what they show
     seed:int=0,               # of the near misses
 ) -> dict[str, dict[str, float]]:   # kind -> found, refused; one of them alone where the other is never asked
-    "Shares of true facts found and of false facts refused, by kind."
-    out, known = {}, [Known.of(s) for s in shown]
-    asked = {"found": [sorted(facts_of(s.seen)) for s in shown],
-             "refused": [[f for f in false_facts(s.seen, seed, i) if k.truth(f) is False] for i, (s, k) in enumerate(zip(shown, known))]}
-    for name, rows in asked.items():
-        said = [(f[0], (p > 0.5) == (name == "found")) for row, ps in zip(rows, scorer.check(pictures, rows)) for f, p in zip(row, ps)]
-        for kind in KINDS:
-            if hits := [hit for k, hit in said if k == kind]: out.setdefault(kind, {})[name] = round(float(np.mean(hits)), 4)
-    return {k: out[k] for k in KINDS if k in out}
+    "Shares of true facts found and of false facts refused, by kind; a near miss counts only where the whole scene denies it."
+    false = [[f for f in false_facts(s.seen, seed, i) if Known.of(s).truth(f) is False] for i, s in enumerate(shown)]
+    return found_and_refused(scorer, pictures, [sorted(facts_of(s.seen)) for s in shown], false)
 
 # %% ../nbs/07a_vqa.ipynb #a7c0f037
 def run_vqa(

@@ -104,3 +104,13 @@ def smoke(tmp_path_factory):
     done = recap(root, "study", "--scale", "smoke", PLANTED_API_KEY="planted-secret-1234567")
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return root
+
+
+@pytest.fixture
+def one_thread():
+    "One thread for torch while a test runs: `pytestmark = pytest.mark.usefixtures(\"one_thread\")`."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

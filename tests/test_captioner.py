@@ -14,12 +14,7 @@ from recap.decode import Captioner, Decoder, generate, sampler
 from recap.world import render, sample_scene
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,7 @@ from recap.decode import Captioner, Decoder, Packed, beam, generate, greedy, sam
 PEERS = ROOT/".peers"/"transformers-4.55"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def noise(n, seed=0, size=64): return torch.randn(n, 3, size, size, generator=keyed_torch(seed, "noise"))

@@ -19,12 +19,7 @@ from recap.world import render, sample_scene
 TEXTS = [f"A {c} {n} {p}." for c in ("red", "blue", "green") for n in ("cat", "boat", "tree", "house") for p in ("on the left", "at the beach")]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

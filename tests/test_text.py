@@ -17,12 +17,7 @@ from recap.text import POLICIES, TextConfig, TextEncoder, all_texts, byte_ids, j
 TEXTS = ["A large red cat is on the left.", "", "naïve “cat” 猫 🐈‍⬛", "A SIGN that says OPEN"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def encoder_of(model):
