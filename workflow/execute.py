@@ -1,5 +1,6 @@
 """Run the pages with their default parameters and keep what they show: `make pages [PAGES="02 17"]`."""
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def tidy(outputs):
 
 def execute(path):
     nb = nbformat.read(path, as_version=4)
+    shutil.rmtree(ROOT/"runs/page"/path.stem, ignore_errors=True)   # as a fresh clone: an old run's settings are nothing to tell
     NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     for c in nb.cells:
         c.metadata.pop("execution", None)
