@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks import say
 
 SIZE, TESTS, SEED, TARGET, EVERY, LIMIT = 8000, 100, 0, .5, .5, 30.   # pictures, prompts, share of the facts, minutes between two looks, minutes at most
+SHOWN, AFTER = 8, 2.   # pictures kept, after so many minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ def learn(run, cache, asked, device, limit, every, home):
             loss = loss + run.align*(1 - torch.nn.functional.cosine_similarity(view, seen[indices].float().to(device), dim=-1)).mean()
         return loss
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    spent, losses, curve = 0., [], []
+    spent, losses, curve, early = 0., [], [], []
     for step in itertools.count():
         begun = clock()
         with torch.autocast(device.type, torch.bfloat16): loss = loss_of(step_indices(len(cache.keys), run.batch_size, step, SEED), step)
@@ -138,13 +139,15 @@ def learn(run, cache, asked, device, limit, every, home):
         if device.type == "cuda": torch.cuda.synchronize()
         spent += clock() - begun
         if spent < 60*every*(len(curve) + 1): continue
-        curve.append({"minutes": round(spent/60, 3), "step": step + 1, "loss": round(float(np.mean(losses[-100:])), 4), **look(net, params, mean, asked, run, device)})
+        pictures = look(net, params, mean, asked, run, device)
+        if spent/60 >= AFTER and not any(c["minutes"] >= AFTER for c in curve): early = pictures[:SHOWN]
+        curve.append({"minutes": round(spent/60, 3), "step": step + 1, "loss": round(float(np.mean(losses[-100:])), 4), **share_found(pictures, asked)})
         print(f"  {curve[-1]['minutes']:6.2f} min  step {step + 1:6}  loss {curve[-1]['loss']:.3f}  facts {curve[-1]['facts']:.3f}", flush=True)
-        if curve[-1]["facts"] >= TARGET or spent/60 >= limit: return {"parameters": parameters, "curve": curve}
+        if curve[-1]["facts"] >= TARGET or spent/60 >= limit: return {"parameters": parameters, "curve": curve}, early
 
 
 def look(net, params, mean, asked, run, device):
-    "The facts that the averaged weights paint."
+    "What the averaged weights paint for the prompts."
     import torch
     from recap.core import keyed_torch
     from recap.denoiser import denoise
@@ -161,7 +164,7 @@ def look(net, params, mean, asked, run, device):
             z = paint_latents(model, noise, 20, "euler" if run.objective == "flow" else "ddim", run.objective)
         pictures = decode(vae, z.float())
         torch._foreach_copy_(params, now); net.train()
-    return share_found(pictures, asked)
+    return pictures
 
 
 def share_found(pictures, asked):
@@ -195,7 +198,9 @@ def main():
     args.add_argument("--out", default="data/results/speedrun.json")
     args = args.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import numpy as np
     import torch
+    from PIL import Image
     from recap.core import RecapError, foundation, hash_folder, pick_device, project_root, read_json, set_threads, write_json
     from recap.latents import load_vae
     from recap.runs import provenance
@@ -213,13 +218,17 @@ def main():
     slice_ = {"pictures": len(cache.keys), "prompts": len(prompts), "target": TARGET, "encoders": encoders, "detector": hash_folder(foundation("detector")),
               "ceiling": share_found([p for *_, p in prompts], asked), "guidance_scale": 5., "seed": SEED}
     file = project_root()/args.out
+    pictures = file.with_suffix("")
     old = read_json(file) if file.exists() and not args.quick else {}
     runs = old.get("runs", {}) if old.get("slice") == slice_ else {}
     for name in names:
         print(f"{name}: {RUNS[name].story}", flush=True)
-        done = learn(RUNS[name], cache, asked, device, limit, every, home)
+        done, early = learn(RUNS[name], cache, asked, device, limit, every, home)
         runs[name] = {**dataclasses.asdict(RUNS[name]), **done, "limit": limit, "minutes": minutes_to(done["curve"]), "provenance": provenance()}
-        if not args.quick: write_json(file, {"slice": slice_, "runs": {n: runs[n] for n in RUNS if n in runs}})
+        if args.quick: continue
+        write_json(file, {"slice": slice_, "shown": {"prompts": [p for p, _, _ in prompts[:SHOWN]], "minutes": AFTER}, "runs": {n: runs[n] for n in RUNS if n in runs}})
+        strip = np.concatenate(list(early), 1) if len(early) else np.full((64, 64*SHOWN, 3), 255, np.uint8)   # a run that ended before has none
+        pictures.mkdir(exist_ok=True, parents=True); Image.fromarray(strip).save(pictures/f"{name.replace(', ', '_').replace(' ', '_')}.png")
     print(f"\n{'run':14} {'minutes to ' + format(TARGET, '.0%'):>16} {'best':>7}  what is new")
     for n in runs: print(f"{n:14} {runs[n]['minutes'] or '> ' + str(round(runs[n]['curve'][-1]['minutes'], 1)):>16} {max(c['facts'] for c in runs[n]['curve']):7.3f}  {runs[n]['story']}")
     best = min((n for n in runs if runs[n]["minutes"]), key=lambda n: runs[n]["minutes"], default=None)
