@@ -205,7 +205,7 @@ def paint_latents(
 
 # %% ../nbs/16_diffusion.ipynb #460e4347
 def guided(
-    model,                   # model(x, t, states, mask) -> velocity, noise or v
+    model,                   # model(x, t, states, mask) -> velocity, noise or v, noise or v
     states:torch.Tensor,     # (b, length, width) of the prompts
     mask:torch.Tensor,       # (b, length)
     empty:torch.Tensor,      # (1, width) state of the empty prompt

@@ -145,5 +145,5 @@ def test_a_wrong_name_is_told_with_the_nearest():
     refused(lambda: paint_latents(best("flow"), x, sampler="dpm-karas"), "'dpm-karras'?")
     refused(lambda: paint_latents(best("flow"), x, objective="epsilom"), "'epsilon'?")
     refused(lambda: diffusion_loss(best("flow"), x, x, x + .5, "flov"), "'flow'?")
-    refused(lambda: noise_scheduler("flow", "dpm-karras"), "euler, heun, dpm")
+    refused(lambda: noise_scheduler("flow", "dpm-karras"), "euler, ddim, heun, dpm")
     for n in (0, 1001): refused(lambda: paint_latents(best("flow"), x, n), "1 to 1000")
