@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'world_app', 'corpus_app', 'STOPPED', 'run_command', 'main', 'parse_given', 'study', 'stage', 'make', 'inspect',
-           'validate', 'convert', 'relabel', 'caption', 'tune', 'sample', 'results']
+           'validate', 'convert', 'relabel', 'caption', 'tune', 'sample', 'results', 'plan']
 
 # %% ../nbs/28_command.ipynb #c9566476
 import json, os, sys
@@ -283,3 +283,16 @@ def results(
     if json_: return print(json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False))
     for claim in found.get("claims", []): print(f"{claim.get('verdict', '?'):15} {claim.get('claim', '')}")
     print(f"report: {path.with_name('report.html')}")
+
+# %% ../nbs/28_command.ipynb #9d41c0aa
+@app.command()
+def plan(
+    scale:str=typer.Option("cpu", help="cpu, gpu, real or paper"),
+    given:list[str]=typer.Option([], "-p", help="name=value, any number of times: price=1.8"),
+    json_:bool=typer.Option(False, "--json", help="for programs"),
+):
+    "What a study stores, needs in memory, takes and costs, line by line, before it starts."
+    from recap.plan import make_plan, plan_config, plan_table
+    cfg = plan_config(scale, **parse_given(given))
+    lines = make_plan(cfg)
+    _json({"scale": scale, "inputs": cfg.to_dict(), "lines": lines}) if json_ else print(plan_table(lines, cfg))
