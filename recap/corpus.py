@@ -21,7 +21,7 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq
 from fastcore.basics import patch
 from PIL import Image
 from .core import Config, RecapError, atomic_write, hash_file, keyed_rng, nearest, progress, project_root, read_json, write_json
-from .language import alt_text, descriptive_caption, short_caption
+from .language import alt_text, descriptive_caption, partial_phrase, short_caption
 from .pictures import BadImage, decode_image, work_ahead
 from .runs import die_with_parent
 from .world import SPLITS, Scene, WorldConfig, facts_of, render, scenes_of, visible_scene
@@ -518,7 +518,7 @@ class CorpusConfig(Config):
     shard_size: int = 1000    # pictures a shard, at most 10,000
     seed: int = 0             # of the scenes
     split: str = "train"      # train, pairs, test, novel, scorer or foundation: each has scenes of its own
-    truth_styles: str = ""    # columns written from the truth: "", "ssc", "dsc" or "ssc,dsc"
+    truth_styles: str = ""    # columns written from the truth, keys of WRITERS: "ssc,dsc"; partial: what honest alt-text tells
     world: str = "easy"       # how much of Sprite World: easy, middle, whole, with changes (easy,nouns=16), several in turn (easy+whole)
     workers: int = 1          # processes that draw; the bytes do not depend on it
 
@@ -534,7 +534,7 @@ class CorpusConfig(Config):
     @property
     def styles(self) -> list: return [s.strip() for s in self.truth_styles.split(",") if s.strip()]
 
-WRITERS = {"ssc": short_caption, "dsc": descriptive_caption}
+WRITERS = {"ssc": short_caption, "dsc": descriptive_caption, "partial": partial_phrase}
 
 # %% ../nbs/04_corpus.ipynb #8261bc89
 @lru_cache(4)

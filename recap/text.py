@@ -6,8 +6,8 @@
 __all__ = ['SPECIALS', 'BLANKS', 'POLICIES', 'LOOKS', 'TOWERS', 'all_texts', 'train_tokenizer', 'load_tokenizer', 'Budget',
            'within_budget', 'corrupt', 'TextConfig', 'make_t5', 'reword', 'pad', 'questions', 'train_text_encoder',
            'TextTokenizer', 'byte_ids', 'read_tokenizer', 'load_tower', 'join_windows', 'TextEncoder',
-           'TrainTextConfig', 'run_text', 'probe', 'coin_words', 'letter_states', 'read_letters', 'SpellingConfig',
-           'spelling']
+           'TrainTextConfig', 'run_text', 'probe', 'read_colours', 'BindingConfig', 'binding', 'coin_words',
+           'letter_states', 'read_letters', 'SpellingConfig', 'spelling']
 
 # %% ../nbs/05_text.ipynb #2f8cfee8
 import bisect, dataclasses, importlib, re, warnings
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .core import Config, RecapError, atomic_write, foundation, hash_folder, keyed_rng, pick_dtype, project_root, read_json, write_json
 from .fit import FitConfig, fit
 from .drawing import COLOURS, PLACES, STYLES, TEXTURES, WEATHERS, nouns
-from .language import COUNT_WORDS, alt_text, descriptive_caption, people_prompt, plural_of, short_caption
+from .language import COUNT_WORDS, alt_text, descriptive_caption, name_of, people_prompt, plural_of, short_caption
 from .reader import read_facts
 from .world import POSITIONS, SIZES, WORDS, scenes_of
 
@@ -148,12 +148,15 @@ class TextConfig(Config):
     vocab_size: int = 1024
     scenes: int = 20000     # to talk about in training, five texts each
     world: str = "easy"     # of the scenes, or several in turn: "easy+whole"
+    lean: bool = True       # heads begin by looking left, right, around, everywhere
+    ask: bool = True        # half of the texts are read with questions; else they are reworded
 
 def make_t5(cfg:TextConfig, vocab_size:int):
     "A new T5 (v1.1: gated GELU) with a decoder of one layer; the heads of its encoder begin by looking left, right, around, everywhere."
     from transformers import T5Config, T5ForConditionalGeneration
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=vocab_size, d_model=cfg.width, d_kv=cfg.width//cfg.heads, d_ff=2*cfg.width, num_layers=cfg.layers,
         num_decoder_layers=1, num_heads=cfg.heads, dropout_rate=0., feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0))
+    if not cfg.lean: return t5
     look = t5.encoder.block[0].layer[0].SelfAttention
     distance = torch.arange(-60, 61)       # from the word that looks to the word looked at
     bucket = look._relative_position_bucket(distance, bidirectional=True, num_buckets=look.relative_attention_num_buckets, max_distance=look.relative_attention_max_distance)
@@ -210,11 +213,13 @@ def train_text_encoder(
     model = torch.nn.ModuleDict({"t5": make_t5(cfg, tok.get_vocab_size()), "answers": torch.nn.Linear(cfg.width, sum(len(v) + 1 for v in LOOKS.values()))})
     def loss_of(net, step, indices, generator):
         net, rng = getattr(net, "module", net), keyed_rng(fit_cfg.seed, "corrupt", step)
-        pairs, read = [corrupt(ids[i], rng, blank) for i in indices[::4]] + [reword(ids, i, rng) for i in indices[1::4]], [i for j, i in enumerate(indices) if j % 4 > 1]
-        source, target, plain = pad([p[0] for p in pairs]), pad([p[1] for p in pairs], -100), pad([ids[i] + [1] for i in read])
+        read = [i for j, i in enumerate(indices) if cfg.ask and j % 4 > 1]
+        pairs = [corrupt(ids[i], rng, blank) for i in indices[::4]] + [reword(ids, i, rng) for j, i in enumerate(indices) if j % 4 == 1 or j % 4 and not cfg.ask]
+        source, target = pad([p[0] for p in pairs]), pad([p[1] for p in pairs], -100)
         device = next(net.parameters()).device
         loss = net["t5"](input_ids=source.to(device), attention_mask=(source != 0).to(device), labels=target.to(device)).loss
         if not read: return loss
+        plain = pad([ids[i] + [1] for i in read])
         states = net["t5"].encoder(input_ids=plain.to(device), attention_mask=(plain != 0).to(device)).last_hidden_state
         asked = [(row, *q) for row, i in enumerate(read) for q in questions(texts[i], tok.encode(texts[i]).offsets)]
         rows, places, answers = zip(*asked)
@@ -413,6 +418,54 @@ def probe(
     mean, std, hot = x.mean(0), x.std(0) + 1e-6, torch.nn.functional.one_hot(y).double()
     a, b = (torch.cat([(v - mean)/std, torch.ones(len(v), 1)], 1).double() for v in (x, test))
     return (b@torch.linalg.solve(a.T@a + penalty*len(a)*torch.eye(a.shape[1], dtype=a.dtype), a.T@hot)).argmax(1)
+
+# %% ../nbs/05_text.ipynb #b0d52634
+def read_colours(
+    encoder,        # TextEncoder
+    n:int=600,      # held-out scenes of the whole world, each described
+    seed:int=11,
+) -> dict:          # of each place: share of colours read right, half the width of its 95 % interval; the test's size
+    "Which colour has a thing? A probe reads it off the state of its noun, and off the colour's own word."
+    colours, found, scenes = list(COLOURS), [], list(scenes_of("whole", n, seed, "test"))
+    captions = [descriptive_caption(s, keyed_rng(1, "binding", i), "captioner").lower() for i, s in enumerate(scenes)]
+    states, _ = encoder.encode(captions)
+    for i, (scene, text, spans) in enumerate(zip(scenes, captions, encoder.tokenizer.spans(captions))):
+        for t in scene.things:
+            ends = [re.findall(rf"\b{w}\b", text) and re.search(rf"\b{w}\b", text).end() - 1 for w in (name_of(t, keyed_rng(0)), t.colour)]
+            if t.colour in colours and all(ends) and sum(o.colour == t.colour for o in scene.things) == 1 < len(scene.things):
+                found.append((i, colours.index(t.colour), *(states[i, next(j for j, (a, b) in enumerate(spans) if a <= e < b)] for e in ends)))
+    y, test = torch.tensor([f[1] for f in found]), torch.tensor([f[0] % 3 == 0 for f in found])
+    told = {"always the most frequent": (y[test] == y[~test].bincount().argmax()).float()}
+    for where, k in (("the noun's state", 2), ("the colour word's state", 3)):
+        x = torch.stack([f[k] for f in found]); told[where] = (probe(x[~test], y[~test], x[test]) == y[test]).float()
+    return {k: dict(mean=round(v.mean().item(), 4), half=round(1.96*v.std().item()/len(v)**.5, 4), things=len(v)) for k, v in told.items()}
+
+# %% ../nbs/05_text.ipynb #c0a5c1d6
+@dataclasses.dataclass(frozen=True)
+class BindingConfig(Config):
+    "The binding experiment."
+    scenes: int = 6000     # whose texts are read, five a scene
+    steps: int = 200       # of each training
+    batch_size: int = 64
+    width: int = 256
+    layers: int = 4
+    lr: float = 1.2e-3
+    seed: int = 0
+
+def binding(
+    cfg:BindingConfig=BindingConfig(),
+    out=None,         # the JSON file to write; data/results/binding.json by default, none if False
+) -> dict:            # for each of four trainings, what `read_colours` says
+    "What makes a small encoder bind: the heads' first leaning, the questions, both or neither?"
+    from recap.runs import provenance
+    arms = []
+    for lean, ask in ((False, False), (True, False), (False, True), (True, True)):
+        text_cfg = TextConfig(cfg.width, cfg.layers, scenes=cfg.scenes, world="easy+whole", lean=lean, ask=ask)
+        model, tok, _ = train_text_encoder(text_cfg, FitConfig(steps=cfg.steps, batch_size=cfg.batch_size, lr=cfg.lr, ema=.95, seed=cfg.seed))
+        arms.append({"lean": lean, "ask": ask, "read": read_colours(TextEncoder(model.get_encoder(), tok, 200))})
+    done = {"settings": cfg.to_dict(), "arms": arms, **provenance()}
+    if out is not False: write_json(out or project_root()/"data"/"results"/"binding.json", done)
+    return done
 
 # %% ../nbs/05_text.ipynb #4fc5579e
 _FIRST = "b br c ch cl cr d dr f fl fr g gl gr h j k l m n p pl pr r s sh sl sp st t tr v w z".split()
