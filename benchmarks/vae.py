@@ -29,7 +29,8 @@ from recap.world import KINDS, facts_of, render, scenes_of, visible_scene
 
 SEED, WORLDS, TOKENS = 0, ("easy", "whole"), 32
 SHAPES = {"8x": "16,32,64,80", "4x": "16,32,64"}     # widths: one resolution less, one halving less
-STEPS = {64: 500, 128: 250}                          # a picture of 128 pixels costs four times the work
+STEPS = {64: 500, 128: 200}                          # of BATCH pictures; one of 128 pixels costs four times the work
+BATCH, POOL = 8, 1500
 
 
 def interval(v): return dict(zip(("mean", "lo", "hi"), (round(float(x), 4) for x in v)))
@@ -104,7 +105,7 @@ def main():
     args = args.parse_args()
     torch.set_num_threads(1)
     out = Path(args.out) if args.out else None if args.quick else project_root()/"data/results"
-    n, pool, batch = (12, 16, 4) if args.quick else (args.scenes, 2000, 16)
+    n, pool, batch = (12, 16, 4) if args.quick else (args.scenes, POOL, BATCH)
     scenes, facts, texts = held_out(n)
     judge, shown = Judge(facts, texts), [i for i in range(n) if facts[i]][:4]
     pictures = {size: np.stack([np.asarray(render(s, size)) for s in scenes]) for size in STEPS}
@@ -127,7 +128,7 @@ def main():
         x = picture_pool(pool, size, SEED, world="+".join(WORLDS))
         for name, widths in SHAPES.items():
             steps, begin = told["training"]["steps"][str(size)], time.process_time()
-            vae, _ = train_vae(x, VAEConfig(widths=widths), FitConfig(steps=steps, batch_size=batch, lr=3e-3, ema=.98, warmup=50, decay=.5, seed=SEED))
+            vae, _ = train_vae(x, VAEConfig(widths=widths), FitConfig(steps=steps, batch_size=batch, lr=3e-3, ema=.98, warmup=30, decay=.5, seed=SEED))
             add(f"{name}, {size} px", vae, size, kind="short", steps=steps, cpu_minutes=round((time.process_time() - begin)/60, 2))
     short = {r["name"]: r["facts"]["mean"] for r in told["autoencoders"]}
     say("vae (facts found in pictures that went through it)", short["8x, 64 px"], short["4x, 64 px"], quick=args.quick, scenes=n, **told["training"])
