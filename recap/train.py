@@ -14,7 +14,7 @@ import torch
 from .blend import blend_styles, parse_recipe
 from .buckets import bucket_indices
 from .cache import load_cache, toy_cache
-from .core import Config, RecapError, atomic_write, foundation, hash_folder, image_grid, keyed_numpy, read_json, resolve_path, write_json
+from .core import Config, RecapError, atomic_write, foundation, hash_folder, image_grid, read_json, resolve_path, write_json
 from .denoiser import TextAndDenoiser, denoise, grow, load_denoiser, make_denoiser, tune_attention
 from .diffusion import diffusion_loss, guided, noise_scheduler, paint_latents
 from .fit import FitConfig, fit
@@ -31,9 +31,7 @@ class CaptionDraw:
     def __call__(self, epoch, indices):
         "Columns of the samples `indices`; '' is the empty prompt."
         if epoch != self.epoch:
-            styles = blend_styles(self.recipe, self.cache.columns, self.cache.keys, epoch, self.seed)
-            drop = keyed_numpy(self.seed, "dropout", epoch).random(len(styles)) < self.dropout
-            self.styles, self.epoch = ["" if d else s for s, d in zip(styles, drop)], epoch
+            self.styles, self.epoch = blend_styles(self.recipe, self.cache.columns, self.cache.keys, epoch, self.seed, self.dropout), epoch
         return [self.styles[i] for i in indices]
 
 # %% ../nbs/17_train.ipynb #e34666c7
