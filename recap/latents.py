@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from .core import Config, RecapError, foundation
 from .fit import FitConfig, fit
+from .text import load_weights
 from .world import render, scenes_of
 
 # %% ../nbs/14_latents.ipynb #280fd5b2
@@ -138,7 +139,7 @@ def load_vae(
     from diffusers import AutoencoderKL
     path = Path(path) if path else foundation("vae")
     if not (path/"config.json").exists(): raise RecapError(f"{path}: no autoencoder here (a diffusers folder with config.json); `make foundation` trains one")
-    vae = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32).eval().requires_grad_(False).to(device)
+    vae = load_weights(AutoencoderKL, path, "diffusion_pytorch_model", "autoencoder", torch_dtype=torch.float32).requires_grad_(False).to(device)
     if vae.config.latents_mean or vae.config.latents_std: raise RecapError(f"{path} scales each latent channel by itself (latents_mean, latents_std), and only one scale for all is read here; choose another autoencoder")
     return vae
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPECIALS', 'BLANKS', 'POLICIES', 'LOOKS', 'TOWERS', 'all_texts', 'train_tokenizer', 'load_tokenizer', 'Budget',
            'within_budget', 'corrupt', 'TextConfig', 'make_t5', 'reword', 'pad', 'questions', 'train_text_encoder',
-           'TextTokenizer', 'byte_ids', 'read_tokenizer', 'load_tower', 'join_windows', 'TextEncoder',
+           'TextTokenizer', 'byte_ids', 'read_tokenizer', 'load_weights', 'load_tower', 'join_windows', 'TextEncoder',
            'TrainTextConfig', 'run_text', 'probe', 'read_colours', 'BindingConfig', 'binding', 'coin_words',
            'letter_states', 'read_letters', 'SpellingConfig', 'spelling']
 
@@ -282,6 +282,28 @@ def read_tokenizer(
     raise RecapError(f"{path}: no tokenizer here (tokenizer.json, spiece.model, CLIP's vocab.json and merges.txt; ByT5 says so in tokenizer_config.json)")
 
 # %% ../nbs/05_text.ipynb #f237d095
+def load_weights(
+    cls,                     # a model class of transformers or diffusers
+    path:Path,               # its folder: config.json and safetensors, in one file or several, or in half precision only (.fp16)
+    stem:str="model",        # of the files' names
+    what:str="text encoder", # for messages
+    **kw,                    # to the class's from_pretrained
+):                           # in eval mode
+    "A model with all its weights. RecapError for pickled, missing or damaged ones."
+    path = Path(path)
+    def parts(v):
+        whole, index = f"{stem}{v}.safetensors", path/f"{stem}.safetensors.index{v}.json"
+        return sorted(set(read_json(index)["weight_map"].values())) if index.is_file() and not (path/whole).is_file() else [whole]
+    variant = next((v for v in ("", ".fp16", ".bf16") if any((path/f).is_file() for f in parts(v))), "")
+    if gone := [f for f in parts(variant) if not (path/f).is_file()]:
+        pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+        raise RecapError(f"{path}: {', '.join(gone)} missing" + (f"; {pickled[0]} is pickled, and opening it may run any program: "
+            "convert it with safetensors where you trust it" if pickled else ""))
+    try: model, told = cls.from_pretrained(path, variant=variant[1:] or None, use_safetensors=True, local_files_only=True, output_loading_info=True, **kw)
+    except Exception as e: raise RecapError(f"{path}: the weights cannot be read ({type(e).__name__}: {str(e).strip().splitlines()[0]}); fetch or copy them again") from None
+    if told["missing_keys"]: raise RecapError(f"{path}: {len(told['missing_keys'])} weights are in no file, {sorted(told['missing_keys'])[0]} for one: not a whole {what}")
+    return model.eval()
+
 TOWERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
 
 def load_tower(
@@ -292,17 +314,9 @@ def load_tower(
     import transformers
     path = Path(path)
     if not (path/"config.json").is_file(): raise RecapError(f"{path}: no text encoder here (config.json, model.safetensors, tokenizer.json)")
-    kind, index = read_json(path/"config.json").get("model_type"), path/"model.safetensors.index.json"
+    kind = read_json(path/"config.json").get("model_type")
     if kind not in TOWERS: raise RecapError(f"{path}: {kind!r} is no text encoder that is known here: one of {', '.join(TOWERS)}")
-    parts = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    if gone := [p for p in parts if not (path/p).is_file()]:
-        pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
-        raise RecapError(f"{path}: {', '.join(gone)} missing" + (f"; {pickled[0]} is pickled, and opening it may run any program: "
-            "convert it with safetensors where you trust it" if pickled else ""))
-    try: model, found = getattr(transformers, TOWERS[kind]).from_pretrained(path, dtype=pick_dtype(dtype), use_safetensors=True, local_files_only=True, output_loading_info=True)
-    except Exception as e: raise RecapError(f"{path}: the weights cannot be read ({type(e).__name__}: {str(e).strip().splitlines()[0]}); fetch or copy them again") from None
-    if found["missing_keys"]: raise RecapError(f"{path}: {len(found['missing_keys'])} weights are in no file, {sorted(found['missing_keys'])[0]} for one: not a whole text encoder")
-    return model.eval()
+    return load_weights(getattr(transformers, TOWERS[kind]), path, dtype=pick_dtype(dtype))
 
 # %% ../nbs/05_text.ipynb #eba52f45
 def join_windows(
@@ -349,6 +363,18 @@ class TextEncoder:
 
 # %% ../nbs/05_text.ipynb #d569544d
 @patch
+def read(
+    self:TextEncoder,
+    rows:list,            # token numbers of each text, framed
+) -> tuple:               # states (n, length, width) in float32 and mask (n, length), on the encoder's device
+    "States of rows in one pass, with gradients where the encoder has them; CLIP's are filled up to its full length."
+    n, device = self.max_tokens if self.clip else max(map(len, rows)), self.model.device
+    ids = pad([r + [self.tokenizer.pad]*(n - len(r))*self.clip for r in rows], self.tokenizer.pad).to(device)
+    mask = torch.arange(n, device=device) < torch.tensor([len(r) for r in rows], device=device)[:, None]
+    s = self.model(input_ids=ids, **({} if self.clip else {"attention_mask": mask})).last_hidden_state.float()
+    return (s if self.clip else s*mask[..., None]), mask
+
+@patch
 @torch.no_grad()
 def encode(
     self:TextEncoder,
@@ -366,11 +392,9 @@ def encode(
     states, mask = torch.zeros(len(rows), length, self.width), torch.arange(length) < lengths[:, None]
     for i in range(0, len(order), batch_size):
         part = order[i:i+batch_size]
-        ids = pad([rows[j] + [self.tokenizer.pad]*(length - len(rows[j]))*self.clip for j in part], self.tokenizer.pad); words = mask[part, :ids.shape[1]]
-        kw = {} if self.clip else {"attention_mask": words.to(self.model.device)}
-        s = self.model(input_ids=ids.to(self.model.device), **kw).last_hidden_state.float().cpu()
+        s = self.read([rows[j] for j in part])[0].cpu()
         if not s.isfinite().all(): raise RecapError(f"states in {self.model.dtype} are not finite: load the encoder with dtype='bfloat16' or 'float32'")
-        states[part, :ids.shape[1]] = s if self.clip else s*words[..., None]
+        states[part, :s.shape[1]] = s
     return join_windows(states, mask, budget.owner, join) if budget.policy == "window" else (states, mask)
 
 # %% ../nbs/05_text.ipynb #8d2275e1
