@@ -123,13 +123,13 @@ class Painter:
     def paint(self, prompts, seeds, guidance_scale=5., num_inference_steps=20, batch_size=64, dtype="bf16", sampler="euler", size=None):
         "Pictures uint8 (n, h, w, 3), the same for a prompt and seed in whatever batch; RecapError for a prompt over the token budget."
         prompts, seeds, out, config = list(prompts), [int(s) for s in seeds], [], self.unet.config
-        states, mask = self.text.encode(prompts); empty = self.text.encode([""])[0][0]
+        states, mask = self.text.encode(prompts); nothing, words = self.text.encode([""])
         h, w = size or (config.sample_size, config.sample_size)     # of the latents
         for part in (slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)):
             noise = torch.stack([torch.randn(config.in_channels, h, w, generator=torch.Generator().manual_seed(s)) for s in seeds[part]]).to(self.unet.device)
             with torch.autocast(self.unet.device.type, torch.bfloat16, enabled=dtype == "bf16"):
                 if self.pipe: out.append(self.pipe(prompts[part], guidance_scale, num_inference_steps, latents=noise, output_type="np").images); continue
-                model = guided(lambda x, t, s, m: denoise(self.unet, x, t, s, m).float(), states[part].to(noise.device), mask[part].to(noise.device), empty, guidance_scale)
+                model = guided(lambda x, t, s, m: denoise(self.unet, x, t, s, m).float(), states[part].to(noise.device), mask[part].to(noise.device), nothing[words], guidance_scale)
                 z = paint_latents(model, noise, num_inference_steps, sampler, self.objective)
             out.append(decode(self.vae, z))
         return np.concatenate(out)
