@@ -141,10 +141,10 @@ def build_cache(
             column = corpus.captions(s, shard)
             over[s] += encoder.tokens([c or "" for c in column.values()], "truncate")[1].over
             cache_texts(corpus, shard, s, column, encoder, hashes["text"], out, resolve_path(cfg.text_states) if cfg.text_states else None)
-    empty, _ = encoder.encode([""])
+    empty, words = encoder.encode([""])
     shards = [s for s in corpus.shards if (out/f"{s}.latents.safetensors").exists()]
     styles = [*cfg.columns, *(s for s in _styles_of(out, shards) if s not in cfg.columns and _holds(corpus, shards, s, hashes["text"], out))]
-    _save(out/"empty.safetensors", {"state": empty[0]}, made_by={"encoder": hashes["text"]}, shards=shards, styles=sorted(styles))
+    _save(out/"empty.safetensors", {"state": empty[words]}, made_by={"encoder": hashes["text"]}, shards=shards, styles=sorted(styles))
     wanted = {f"{s}.{kind}.safetensors" for s in shards for kind in ("latents", *(f"text-{style}" for style in styles))}
     for f in [*out.glob("*.latents.safetensors"), *out.glob("*.text-*.safetensors")]:
         if f.name not in wanted: f.unlink()

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'world_app', 'corpus_app', 'STOPPED', 'run_command', 'main', 'parse_given', 'study', 'stage', 'make', 'inspect',
-           'validate', 'convert', 'relabel', 'caption', 'tune', 'sample', 'results', 'plan']
+           'validate', 'convert', 'relabel', 'caption', 'tune', 'train', 'sample', 'results', 'plan']
 
 # %% ../nbs/28_command.ipynb #c9566476
 import json, os, sys
 from pathlib import Path
 import typer
-from .core import RecapError, project_root, read_json, resolve_path
+from .core import RecapError, nearest, project_root, read_json, resolve_path
 
 # %% ../nbs/28_command.ipynb #f6cfbdd2
 _plain = dict(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -247,12 +247,53 @@ def tune(
     for what in ("words", "full stop", "words of style"): print(f"{what}: " + ", ".join(f"{kind} {m[what]:.2f}" for kind, m in found["measures"][style].items()))
     print(f"captioner: {found['out']}")
 
+# %% ../nbs/28_command.ipynb #674b9677
+@app.command()
+def train(
+    path:str=typer.Argument(help="a corpus with caption columns, a folder that was encoded, or toy"),
+    recipe:str=typer.Option("dsc95", help="a recipe such as dsc95, or columns and shares: dsc:0.9,alt:0.1"),
+    out:Path=typer.Option(..., help="folder of the arm; a killed run goes on there"),
+    base:str=typer.Option("", help="start from foundation, an arm's folder or a diffusers pipeline's; empty: from scratch"),
+    size:str=typer.Option("s", help="of the denoiser, when from scratch: xs, s, m, paper, dit-s, dit-m, ..."),
+    objective:str=typer.Option("flow", help="flow, epsilon or v"),
+    pixels:int=typer.Option(64, help="of the pictures, where a corpus is encoded"),
+    vae:str=typer.Option("", help="folder of the autoencoder, where a corpus is encoded; empty: the small one"),
+    text:str=typer.Option("", help="folder of the text encoder, where a corpus is encoded; empty: the small one"),
+    train_text:bool=typer.Option(False, help="the text encoder learns too"),
+    steps:int=typer.Option(800), batch_size:int=typer.Option(64), accumulate:int=typer.Option(1, help="micro-batches a step"),
+    lr:float=typer.Option(1e-3, help="AdamW's"), muon_lr:float=typer.Option(.01, help="Muon's, for matrices; 0: AdamW for all"),
+    ema:float=typer.Option(.98), save_every:int=typer.Option(100), keep:int=typer.Option(1, help="checkpoints kept"),
+    validate_every:int=typer.Option(0, help="steps between drawings in OUT/validation; 0: none"),
+    validation:str=typer.Option("", help="prompts to draw, with | between; empty: four captions"),
+    seed:int=typer.Option(0),
+    json_:bool=typer.Option(False, "--json", help="for programs"),
+):
+    "Train a denoiser on a recipe of captions and save it as a diffusers pipeline."
+    from recap.blend import parse_recipe
+    from recap.cache import CacheConfig, build_cache
+    from recap.core import write_json
+    from recap.train import TrainConfig, train_arm
+    home, out, styles = Path("toy") if path == "toy" else _path(Path(path)), _path(out), ",".join(parse_recipe(recipe).shares)
+    if path != "toy" and not home.is_dir(): raise RecapError(f"{home} does not exist: give a corpus, a folder that was encoded, or toy")
+    if path == "toy" or not any(home.glob("*.latents.safetensors")):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise RecapError("several processes train on a folder that was encoded already: `recap train` it with one process and --steps 1 first, and give its OUT/encoded")
+        cfg, home = CacheConfig(corpus=str(home), styles=styles, size=pixels, vae=vae, text=text), out/"encoded"
+        made = build_cache(cfg, home)
+        write_json(home/"run.json", {"params": cfg.to_dict()}); write_json(home/"results.json", made)
+    given = dict(encoded=str(home), recipe=recipe, base=base, unet=size, objective=objective, train_text=train_text, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, muon_lr=muon_lr,
+                 ema=ema, save_every=save_every, keep=keep, validate_every=validate_every, validation=validation)
+    found = train_arm(TrainConfig.from_dict(given), out, seed)
+    if json_: return _json(found | {"out": str(out)})
+    print(f"{found['samples']} samples of {found['pictures']} pictures, loss {found['loss_end']:.3f}\narm: {out}")
+
 # %% ../nbs/28_command.ipynb #4cb6561e
 @app.command()
 def sample(
     prompt:str=typer.Argument(help="what to paint"),
-    model:str=typer.Option(..., help="folder of a trained arm, such as runs/cpu/train_dsc95"),
-    n:int=typer.Option(8, help="pictures"),
+    model:str=typer.Option("", help="folder of a trained arm, such as runs/cpu/train_dsc95, or of Stable Diffusion"),
+    recipe:str=typer.Option("", help="instead of a model: the arm that the study trained on this recipe"),
+    scale:str=typer.Option("cpu", help="of that study"),
+    n:int=typer.Option(8, "--n", "-n", help="pictures"),
     grid:Path=typer.Option("sample.png", help="where the grid goes"),
     seed:int=typer.Option(0, help="of the first picture; the others count up"),
     guidance_scale:float=typer.Option(5.0),
@@ -261,6 +302,11 @@ def sample(
     "Paint a prompt several times and save a grid."
     if not prompt.strip(): raise RecapError("the prompt is empty: say what to paint")
     if n < 1: raise RecapError(f"-n {n}: at least one picture is needed")
+    if bool(model) == bool(recipe): raise RecapError("say which model paints: --model FOLDER, or --recipe dsc95 for the study's")
+    model = model or f"runs/{scale}/train_{recipe}"
+    if recipe and not resolve_path(model).is_dir():
+        arms = sorted(p.parent.name.removeprefix("train_") for p in project_root().glob(f"runs/{scale}/train_*/model.json"))
+        raise RecapError(f"the study at scale {scale} has no arm of {recipe}{nearest(recipe, arms)}: " + (f"it has {', '.join(arms)}" if arms else f"`recap study --scale {scale}` trains them"))
     if not resolve_path(model).is_dir(): raise RecapError(f"{resolve_path(model)} does not exist: --model names the folder of a trained arm, such as runs/cpu/train_dsc95")
     from recap.core import atomic_write, image_grid
     from recap.train import Painter

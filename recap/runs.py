@@ -104,10 +104,10 @@ def lock_folder(
     folder,             # the folder to write in, made if missing
     name:str=".lock",   # the file that carries the lock
     what:str="run",     # for the message
-) -> None:
+) -> bool:             # False: this process has it already
     "Take the folder's lock for this process, or raise `RecapError` naming the process that has it."
     path = Path(folder).resolve()/name
-    if path in _HELD: return
+    if path in _HELD: return False
     import fcntl
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +119,7 @@ def lock_folder(
         raise RecapError(f"another {what} is writing in {path.parent}{f' (process {holder})' if holder else ''}: wait until it ends, or end it") from None
     f.seek(0); f.truncate(); f.write(str(os.getpid())); f.flush()
     _HELD[path] = f
+    return True
 
 def unlock_folder(folder, name:str=".lock") -> None:
     "Give the lock back; harmless if it is not held."

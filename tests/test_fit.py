@@ -1,4 +1,5 @@
 "The training loop outside a page: kills, bad steps, several processes; with the captioner as the model."
+import errno
 import json
 import math
 import os
@@ -12,13 +13,14 @@ import pytest
 import torch
 
 from recap.core import RecapError
-from recap.fit import FitConfig, fit, load_checkpoint, optimizers, step_indices
+from recap.fit import Draws, FitConfig, fit, load_checkpoint, optimizers, step_indices
 
 # A captioner small enough for a second a run: 24 scenes, 6 a step, so an epoch is 4 steps. Every run is a process of its own, forked
 # from one that has imported everything; `fit` is what is tested, `batch_loss` is the captioner's own.
 SCRIPT = '''
 import json, os, signal, sys, traceback
-import accelerate, open_clip, torch     # once, before the forks
+import accelerate, contextlib, open_clip, torch     # once, before the forks
+import recap.fit
 from recap.captioner import batch_loss, captioner_config, captioner_tokenizer, draw_text, make_captioner, normalise, scene_pool, CaptionTokenizer
 from recap.core import RecapError, keyed_rng, write_json
 from recap.fit import FitConfig, fit
@@ -34,8 +36,22 @@ class Fixed(CaptionTokenizer):       # every batch as wide as any other: what th
 words = Fixed(captioner_tokenizer((draw_text(s, keyed_rng(0, i), shares) for i, s in enumerate(scenes)), 300).tokenizer)
 pixels, rank = torch.from_numpy(pictures).permute(0, 3, 1, 2), int(os.environ.get("RANK", 0))
 
-def run(out, die_at=-1, **settings):
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+
+def dying_write(where, real=recap.fit.atomic_write, written=[]):
+    "The second checkpoint is the last thing that is written, in part or whole."
+    @contextlib.contextmanager
+    def write(path, *mode):
+        written.append(path)
+        with real(path, *mode) as f:
+            if len(written) == 2 and where == "half": f.write = lambda data, put=f.write: (put(data[:len(data)//2]), f.flush(), die())
+            if len(written) == 2 and where == "before the rename": os.replace = die
+            yield f
+    return write
+
+def run(out, die_at=-1, die_writing="", **settings):
     os.makedirs(out, exist_ok=True)
+    if die_writing: recap.fit.atomic_write = dying_write(die_writing)
     model, seen, found = make_captioner(captioner_config("tiny", words.tokenizer.get_vocab_size(), image_size=32)), [], {}
     def loss_of(net, step, indices, generator):
         if step == die_at: os.kill(os.getpid(), signal.SIGKILL)
@@ -76,6 +92,7 @@ def left(folder):
 
 
 PLACES = {"at step 3": 3, "at an epoch's end": 4, "in epoch 2": 6}
+WRITES = ("half", "before the rename")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +102,9 @@ def runs(tmp_path_factory):
     jobs = [dict(out="straight")] + [dict(out=str(k), **die) for k in PLACES.values() for die in (dict(die_at=k), {})] + [dict(out="changed", die_at=2), dict(out="changed", lr=2e-3, batch_size=4)]
     codes = train(folder, jobs)
     assert codes == [0] + 3*[-signal.SIGKILL, 0] + [-signal.SIGKILL, 0]
+    assert train(folder, [dict(out=w, die_writing=w) for w in WRITES]) == 2*[-signal.SIGKILL]
+    (folder/"left").write_text(json.dumps({w: [p.name for p in (folder/w/"run").iterdir()] for w in WRITES}))
+    assert train(folder, [dict(out=w) for w in WRITES]) == [0, 0]
     return folder
 
 
@@ -98,6 +118,63 @@ def test_a_killed_training_of_the_captioner_ends_bit_equal(runs, place):
     ([rest], weights), ([whole], expected), die_at = left(runs/str(PLACES[place])), left(runs/"straight"), PLACES[place]
     assert rest["loss"] == whole["loss"] and rest["seen"] == whole["seen"][die_at//2*2:]     # from the last checkpoint on, nothing left out
     assert equal(weights, expected)
+
+
+# --- fault 23: killed while a checkpoint is written
+
+@pytest.mark.parametrize("where", WRITES)
+def test_a_kill_while_writing_leaves_the_checkpoint_before(runs, where):
+    ([rest], weights), ([whole], expected) = left(runs/where), left(runs/"straight")
+    scraps = [n for n in json.loads((runs/"left").read_text())[where] if n.endswith(".tmp")]
+    assert len(scraps) == 1 and not list((runs/where).rglob("*.tmp"))                        # swept away
+    assert rest["seen"] == whole["seen"][2:] and rest["loss"] == whole["loss"] and equal(weights, expected)
+
+
+# --- fault 24: disk full
+
+def test_a_full_disk_is_told_and_the_last_checkpoint_kept(tmp_path, monkeypatch):
+    cfg, real, written = FitConfig(steps=8, batch_size=6, save_every=2, keep=2, dtype="no"), os.fsync, []
+    def full(file):
+        written.append(file)
+        if len(written) == 3: raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RecapError, match="disk full while writing .*checkpoint.safetensors: free some space"): fit(small(), spoiled("nan", ()), 20, cfg, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "checkpoint-00000002.safetensors", "checkpoint-00000004.safetensors", "checkpoint.safetensors"]
+    fit(model := small(), spoiled("nan", ()), 20, cfg, tmp_path)
+    fit(whole := small(), spoiled("nan", ()), 20, replace(cfg, save_every=0))
+    assert equal(model.state_dict(), whole.state_dict())
+
+
+# --- fault 25: two processes, one folder
+
+def test_a_second_run_in_the_folder_is_refused_and_the_lock_given_back(tmp_path):
+    other = f"import sys; from recap.runs import lock_folder; from recap.core import RecapError\ntry: lock_folder({str(tmp_path)!r})\nexcept RecapError as e: sys.exit(str(e))"
+    said, cfg = [], FitConfig(steps=2, batch_size=6, dtype="no")
+    def loss_of(model, step, indices, draws):
+        if step == 1: said.append(subprocess.run([sys.executable, "-c", other], capture_output=True, text=True))
+        return spoiled("nan", ())(model, step, indices, draws)
+    fit(small(), loss_of, 20, cfg, tmp_path)
+    assert said[0].returncode == 1 and f"another run is writing in {tmp_path} (process {os.getpid()})" in said[0].stderr
+    assert subprocess.run([sys.executable, "-c", other], capture_output=True).returncode == 0
+    with subprocess.Popen([sys.executable, "-c", other + "\nprint(flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(RecapError, match="another training is writing"): fit(small(), loss_of, 20, cfg, tmp_path)
+        holder.communicate(b"\n")
+
+
+# --- noise of a batch that is cut
+
+def test_noise_belongs_to_a_place_in_the_batch():
+    whole = Draws(3, 9, range(12))
+    noise, u = whole.randn(2, 3), whole.rand()
+    for processes, pieces in ((2, 3), (3, 1), (1, 4), (4, 3)):
+        for p in range(processes):
+            for j in range(pieces):
+                places = np.arange(12)[p::processes][j::pieces]
+                d = Draws(3, 9, places)
+                assert torch.equal(d.randn(2, 3), noise[places]) and torch.equal(d.rand(), u[places])
+    assert len({tuple(r) for r in noise.flatten(1).tolist()}) == 12
 
 
 # --- fault 27: other settings
@@ -164,7 +241,7 @@ def test_a_bad_step_stops_and_leaves_the_last_good_checkpoint(tmp_path, kind, cl
     assert ("gradient is not finite" if kind == "gradient" else f"loss is {kind}") in str(e.value)
     kept, expected = small(), small()
     opts = optimizers(kept, cfg)
-    assert len(load_checkpoint(tmp_path/"checkpoint.safetensors", kept, opts, None, cfg.to_dict())) == 4
+    assert len(load_checkpoint(tmp_path/"checkpoint.safetensors", kept, opts, None, {k: v for k, v in cfg.to_dict().items() if k not in ("save_every", "keep")})) == 4
     fit(expected, spoiled(kind, ()), 20, replace(cfg, steps=10), tmp_path/"other")
     line = json.loads((tmp_path/"bad_steps.jsonl").read_text())
     assert line["step"] == 5 and line["samples"] == [f"p{i}" for i in step_indices(20, 6, 5, cfg.seed)]

@@ -13,6 +13,7 @@ WEIGHTS = {"vae": ("vae/vae", "vae"), "text": ("text/text", "text"), "captioner"
            "denoiser": ("denoiser", "denoiser")}
 PART = {"clip_scorer": "clip", "detector": "detector"}  # of its stage's results, where one stage trains two
 KEEP = {".safetensors", ".json"}
+ONLY = {"denoiser": ("unet", "transformer", "model.json")}  # its encoders are published beside it
 RECORDS = {"run.json", "results.json", "begun.json"}
 
 
@@ -35,6 +36,7 @@ def publish(*names):
         if not source.is_dir(): raise RecapError(f"{source} does not exist: the stage {stage} should have made it")
         shutil.rmtree(target, ignore_errors=True)
         for f in sorted(p for p in source.rglob("*") if p.suffix in KEEP and p.name not in RECORDS and not p.relative_to(source).parts[0].startswith((".", "checkpoint"))):
+            if f.relative_to(source).parts[0] not in ONLY.get(name, (f.relative_to(source).parts[0],)): continue
             to = target/f.relative_to(source)
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(f, to)
