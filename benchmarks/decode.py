@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import say
+from benchmarks import clock, rate, say, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS, PINNED = ROOT/".peers"/"transformers-4.55", ("transformers==4.55.4", "tokenizers>=0.21,<0.22", "huggingface_hub>=0.34,<1.0")
@@ -39,14 +39,6 @@ def pictures(n):
     from recap.core import keyed_torch
     import torch
     return torch.randn(n, 3, 64, 64, generator=keyed_torch(SEED, "pictures"))
-
-
-def clock(device):
-    "Seconds: of this process's work on a CPU, of the wall on a GPU."
-    import torch
-    if device.type != "cuda": return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 # the peer: a process of its own, told what to do over a pipe
@@ -136,18 +128,6 @@ def work(batch, tokens):
     layers = 2*LAYERS*24*d*d + LAYERS*20*d*d
     attention = LAYERS*4*d*patches + 2*LAYERS*4*d*(tokens + 1)/2
     return batch*(image + tokens*(layers + attention + 2*d*VOCAB))
-
-
-def rate(dtype, device, n=1024):
-    "What large square products reach now, operations a second."
-    import torch
-    a, times = torch.randn(n, n, device=device).to(dtype), 8 if dtype == torch.float32 else 32
-    begin = clock(device)
-    for _ in range(times): a @ a
-    return times*2*n**3/(clock(device) - begin)
-
-
-def spread(values): return dict(median=statistics.median(values), low=min(values), high=max(values), repeats=len(values))
 
 
 def parts(packed, dtype, batch, repeats):
