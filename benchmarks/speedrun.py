@@ -101,7 +101,8 @@ def learn(run, cache, asked, device, limit, every, home):
     from recap.fit import FitConfig, optimizers, step_indices
     from recap.train import CaptionDraw
     torch.manual_seed(SEED)
-    net = make_denoiser(run.denoiser, cache.latents.shape[1], cache.latents.shape[2], cache.empty.shape[-1]).to(device)
+    ((side, _),) = cache.buckets
+    net = make_denoiser(run.denoiser, cache.channels, side, cache.empty.shape[-1]).to(device)
     parameters = sum(p.numel() for p in net.parameters())
     whole = torch.nn.ModuleDict({"denoiser": net})
     if run.align:
@@ -114,7 +115,7 @@ def learn(run, cache, asked, device, limit, every, home):
     params, mean = list(net.parameters()), [p.detach().clone() for p in net.parameters()]
     def loss_of(indices, step):
         states, mask = (v.to(device) for v in cache.states(indices, draw(step*run.batch_size//len(cache.keys), indices)))
-        x0, g = cache.latents[indices].float(), keyed_torch(SEED, "step", step)
+        x0, g = cache.x0(indices), keyed_torch(SEED, "step", step)
         noise, u = torch.randn(x0.shape, generator=g).to(device), torch.rand(len(x0), generator=g).to(device)
         said, x0 = [], x0.to(device)
         def model(x, t): said.append(denoise(net, x, t, states, mask)); return said[-1]
