@@ -290,7 +290,7 @@ def design_sentence(study:dict) -> str:
     each = f" Each arm took {sizes.pop()}." if len(sizes) == 1 else ""
     if runs and not any(p.get("base") for p in runs):
         return f"Every arm was trained from scratch, which is the design of DALL-E 3's ablation (2023), at a very much smaller size.{each}"
-    return ("At this scale the arms are short tunes of a base denoiser that was trained on alt-text. That is the design of RECAP (2023), "
+    return ("At this scale the arms are short tunes of a base denoiser that was trained on alt-text and on phrases that tell one or two things. That is the design of RECAP (2023), "
             f"not that of DALL-E 3 (2023), whose ablation trained every arm from scratch.{each}")
 
 def _trust_sentence(study:dict) -> str:
