@@ -7,21 +7,12 @@ On a CPU the time is the processor time of this one-thread process, so that othe
 cases take turns, and the median of their turns counts. The ratio of the last line: the DiT's best over the U-Net's best."""
 import argparse
 import statistics
-import time
 from pathlib import Path
 
-from benchmarks import say
+from benchmarks import clock, say
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, CHANNELS, SIDE, WIDTH, SEED = 64, 8, 8, 256, 0
-
-
-def clock(device):
-    "Seconds: of this process's work on a CPU, of the wall on a GPU."
-    import torch
-    if device.type != "cuda": return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def case(model, attention, dtype, words, device):

@@ -13,9 +13,8 @@ distance. Where none passes, and few prompts cannot show that anything is as goo
 The last line's `ours` and `peer` are pictures a second of the knee and of the sampler to beat."""
 import argparse
 import statistics
-import time
 
-from benchmarks import say
+from benchmarks import clock, say
 
 STEPS, QUICK, BEAT, REFERENCE = (5, 8, 10, 15, 20, 30, 50), (5, 10, 15, 20), ("dpm-karras", 15), ("heun", 100)
 MARGINS = dict(facts=.02, clip=.5)
@@ -30,14 +29,6 @@ def questions(n, seed):
     seen = [visible_scene(s, 64) for s in scenes_of("easy", 2*n, seed, "test")]
     asked, _ = ask({("test", f"{i:06d}"): (s, set(facts_of(s))) for i, s in enumerate(seen)}, n, seed)
     return [(q.index, q.prompts[t], q.facts[t], s) for t in TEXTS for q, s in zip(asked, picture_seeds(asked, 1, seed))]
-
-
-def clock(device):
-    "Seconds: of this process's work on a CPU, of the wall on a GPU."
-    import torch
-    if device.type != "cuda": return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class Studio:

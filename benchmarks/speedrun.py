@@ -15,10 +15,9 @@ import dataclasses
 import itertools
 import os
 import tempfile
-import time
 from pathlib import Path
 
-from benchmarks import say
+from benchmarks import clock, say
 
 SIZE, TESTS, SEED, TARGET, EVERY, LIMIT = 8000, 100, 0, .5, .5, 30.   # pictures, prompts, share of the facts, minutes between two looks, minutes at most
 SHOWN, AFTER = 8, 2.   # pictures kept, after so many minutes
@@ -125,10 +124,9 @@ def learn(run, cache, asked, device, limit, every, home):
             view = whole["view"](kept["h"].flatten(2).transpose(1, 2)).float()
             loss = loss + run.align*(1 - torch.nn.functional.cosine_similarity(view, seen[indices].float().to(device), dim=-1)).mean()
         return loss
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
     spent, losses, curve, early = 0., [], [], []
     for step in itertools.count():
-        begun = clock()
+        begun = clock(device)
         with torch.autocast(device.type, torch.bfloat16): loss = loss_of(step_indices(len(cache.keys), run.batch_size, step, SEED), step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(whole.parameters(), cfg.clip)
@@ -137,8 +135,7 @@ def learn(run, cache, asked, device, limit, every, home):
             o.step(); o.zero_grad()
         torch._foreach_lerp_(mean, [p.detach() for p in params], 1 - min(.995, (step + 1)/(step + 10)))
         losses.append(loss.item())
-        if device.type == "cuda": torch.cuda.synchronize()
-        spent += clock() - begun
+        spent += clock(device) - begun
         if spent < 60*every*(len(curve) + 1): continue
         pictures = look(net, params, mean, asked, run, device)
         if spent/60 >= AFTER and not any(c["minutes"] >= AFTER for c in curve): early = pictures[:SHOWN]

@@ -147,14 +147,14 @@ def ddim(
     return x
 
 # %% ../nbs/16_diffusion.ipynb #5d1a0b17
-_DPM = "DPMSolverMultistepScheduler"
+_DPM, _FLOW = "DPMSolverMultistepScheduler", dict(prediction_type="flow_prediction", use_flow_sigmas=True)
 SAMPLERS = {   # name: schedule -> diffusers' scheduler and its settings
-    "euler":      {"flow": (_DPM, dict(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1)),
+    "euler":      {"flow": (_DPM, {**_FLOW, "solver_order": 1}),
                    "ddpm": ("EulerDiscreteScheduler", dict(timestep_spacing="trailing"))},
-    "ddim":       {"flow": (_DPM, dict(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1)),
+    "ddim":       {"flow": (_DPM, {**_FLOW, "solver_order": 1}),
                    "ddpm": (_DPM, dict(timestep_spacing="trailing", solver_order=1))},
     "heun":       {"flow": ("FlowMatchHeunDiscreteScheduler", {}), "ddpm": ("HeunDiscreteScheduler", dict(use_karras_sigmas=True))},
-    "dpm":        {"flow": (_DPM, dict(prediction_type="flow_prediction", use_flow_sigmas=True)), "ddpm": (_DPM, {})},
+    "dpm":        {"flow": (_DPM, _FLOW), "ddpm": (_DPM, {})},
     "dpm-karras": {"ddpm": (_DPM, dict(use_karras_sigmas=True))},
 }
 
@@ -205,7 +205,7 @@ def paint_latents(
 
 # %% ../nbs/16_diffusion.ipynb #460e4347
 def guided(
-    model,                   # model(x, t, states, mask) -> velocity, noise or v, noise or v
+    model,                   # model(x, t, states, mask) -> velocity, noise or v
     states:torch.Tensor,     # (b, length, width) of the prompts
     mask:torch.Tensor,       # (b, length)
     empty:torch.Tensor,      # (1, width) state of the empty prompt

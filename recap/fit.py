@@ -79,7 +79,7 @@ def rate(step, cfg):
 
 # %% ../nbs/01a_fit.ipynb #10bf5643
 class Muon(torch.optim.Muon):
-    "torch's Muon, with all matrices of one shape made orthogonal together: the same weights, bit for bit, in half the time."
+    "torch's Muon, with all matrices of one shape made orthogonal together: the same weights, bit for bit, and sooner."
     @torch.no_grad()
     def step(self, closure=None):
         for g in self.param_groups:
