@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['ELO', 'Match', 'win_matrix', 'win_rates', 'bradley_terry', 'elo', 'rating_interval', 'agreement', 'equal_answers',
-           'rating_table']
+           'rating_table', 'equivalent']
 
-# %% ../nbs/21b_ratings.ipynb #cf52f394
+# %% ../nbs/21b_ratings.ipynb #4f9e50e7
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 import numpy as np
 from .core import RecapError, keyed_numpy
-from .statistics import Interval, _labels, bootstrap_ratio, draw_weights
+from .statistics import Interval, _labels, bootstrap_ratio, draw_weights, equivalent
+
+_all_ = ["equivalent"]  # votes on equal models end in it too
 
 # %% ../nbs/21b_ratings.ipynb #31bc0475
 class Match(NamedTuple):
