@@ -222,10 +222,10 @@ def write_source(run:Path):
     for name in ("conf.py", "static"): (shutil.copytree if name == "static" else shutil.copy)(ROOT/"docs"/name, source/name)
     return known
 
-def link_code(known:dict):
+def link_code(known:dict, site:Path):
     "Names in the code of a page lead to the reference."
     for stem, names in known.items():
-        path = OUT/f"{stem}.html"
+        path = site/f"{stem}.html"
         text = path.read_text(encoding="utf8")
         def one(m):
             full = names.get(m[2])
@@ -234,19 +234,22 @@ def link_code(known:dict):
         path.write_text(re.sub(r'<div class="highlight"><pre>.*?</pre></div>', block, text, flags=re.S), encoding="utf8")
 
 def main(args=None):
-    global OUT, SOURCE
+    global SOURCE
     ask = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ask.add_argument("--run", default="runs/cpu", help="the study whose stages the pages show")
     ask.add_argument("--out", default="_docs", help="where the site goes")
     given = ask.parse_args(args)
-    OUT = (ROOT/given.out).resolve()
-    shutil.rmtree(OUT, ignore_errors=True)
+    out = (ROOT/given.out).resolve()
     with tempfile.TemporaryDirectory() as box:
         SOURCE = Path(box)/"source"
         known = write_source(ROOT/given.run)
         from sphinx.cmd.build import build_main
-        if code := build_main(["-q", "-W", "--keep-going", "-j", "auto", "-b", "html", "-d", f"{box}/doctrees", str(SOURCE), str(OUT)]): sys.exit(code)
-    link_code(known)
-    print(OUT/"index.html")
+        made = Path(box)/"made/html"
+        if code := build_main(["-q", "-W", "--keep-going", "-j", "auto", "-b", "html", "-d", f"{box}/doctrees", str(SOURCE), str(made)]): sys.exit(code)
+        link_code(known, made)
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(made, out)   # the old book stays until the new one is whole
+    print(out/"index.html")
 
 if __name__ == "__main__": main()
