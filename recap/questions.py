@@ -359,7 +359,10 @@ class ServerVQA:
     def answer(self, images, questions:Sequence[Sequence[str]]) -> list[list[float]]: # NaN where there was no answer; unread counts them
         "How likely the answer to each question about each picture is yes."
         _pairs(images, questions, "lists of questions")
-        ps = [reply_yes(r) for r in self.server.ask_many([message(_told(q), [im])] for im, qs in zip(images, questions) for q in qs)]
+        replies = list(self.server.ask_many([message(_told(q), [im])] for im, qs in zip(images, questions) for q in qs))
+        if replies and all(r.finish == "failed" for r in replies):
+            raise RecapError(f"{self.server.cfg.url} answered no question: {replies[0].why}" + (" (a server that tells no probabilities is asked with ?logprobs=false)" if self.server.cfg.logprobs else ""))
+        ps = [reply_yes(r) for r in replies]
         self.unread += sum(map(math.isnan, ps))
         left = iter(ps)
         return [list(itertools.islice(left, len(qs))) for qs in questions]

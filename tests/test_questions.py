@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recap import questions as q
 from recap.core import RecapError, foundation, keyed_rng
@@ -91,6 +93,14 @@ def test_a_file_of_something_else_is_refused(tmp_path, text, told):
     ("A brightly coloured parrot sits quickly down", ["A brightly coloured parrot"]),
     ("hand cream", ["hand cream"]), ("an oval dining table", ["an oval dining table"]), ("", []), ("it is over there", []), ("11:44, and?", []), ("ein grünes Café", ["ein grünes Café"])])
 def test_the_chunker_by_hand(text, phrases): assert q.chunk(text) == phrases
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=60) | st.lists(st.sampled_from("a the two red orange other and , . of can stand cat dog reading brightly only sits on next to".split()), max_size=14).map(" ".join))
+def test_phrases_of_any_text_are_pieces_of_it_in_order(text):
+    at = 0
+    for phrase in q.chunk(text):
+        assert phrase and (at := text.index(phrase, at) + len(phrase))
 
 
 @official
@@ -318,6 +328,19 @@ def test_a_server_that_fails_at_times():
     def say(body, n): return (400, {"Content-Type": "application/json"}, b'{"error": {"message": "bad picture"}}') if "a cat?" in json.dumps(body) else "yes"
     with Loopback(say) as server: got = q.soft_tifa(q.open_vqa(f"{server.url}?cache=#toy"), PICTURES, [["a dog?"], ["a cat?"], ["a car?"]])
     assert (got.left_out, got.mean.mean, got.rows[1]["score"]) == (1, 1., None)
+
+
+def test_a_server_that_knows_no_logprobs_says_so_in_one_line():
+    def say(body, n): return (400, {"Content-Type": "application/json"}, b'{"error": {"message": "logprobs is not supported"}}') if body.get("logprobs") else "yes"
+    with Loopback(say) as server:
+        with pytest.raises(RecapError, match=r"logprobs is not supported.*\?logprobs=false"): q.open_vqa(f"{server.url}?cache=#toy").answer(PICTURES[:1], [["a dog?"]])
+        assert q.open_vqa(f"{server.url}?cache=&logprobs=false#toy").answer(PICTURES[:1], [["a dog?"]]) == [[1.]]
+
+
+def test_a_refusal_is_no_answer():
+    with Loopback(lambda body, n: Loopback.reply("", refusal="I will not.") if n else Loopback.reply("no", finish="content_filter")) as server:
+        vqa = q.open_vqa(f"{server.url}?cache=&logprobs=false&retries=0&concurrency=1#toy")
+        assert np.isnan(vqa.answer(PICTURES[:1], [["a dog?", "a cat?"]])).all() and vqa.unread == 2
 
 
 def test_questions_from_a_language_model():
