@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['draw_weights', 'Interval', 'bootstrap_ratio', 'bootstrap_mean', 'Difference', 'sign_flip_p', 'paired_difference',
-           'holm']
+           'Equivalence', 'equivalent', 'holm']
 
 # %% ../nbs/21_statistics.ipynb #92229357
 from collections.abc import Mapping, Sequence
@@ -125,6 +125,34 @@ def paired_difference(
     mean, lo, hi = bootstrap_mean(d, groups, n, seed, level)
     sums = np.bincount(labels[0], weights=d) if labels else d
     return Difference(mean, lo, hi, sign_flip_p(sums, n, keyed_numpy(seed, "flips")))
+
+# %% ../nbs/21_statistics.ipynb #a56be3aa
+class Equivalence(NamedTuple):
+    "A mean difference, the ends of its interval, the larger p of two one-sided tests, and the verdict."
+    diff: float
+    lo: float
+    hi: float
+    p: float
+    same: bool  # the interval lies inside the margin
+
+def equivalent(
+    diffs,              # (n,) paired differences
+    margin:float,       # fixed before the run, in the units of the differences
+    groups=None,        # labels (n,), or a tuple of two label columns
+    n:int=2000,         # bootstrap draws
+    seed:int=0,         # of the draws
+    alpha:float=0.05,   # of each of the two tests
+) -> Equivalence:
+    "Two one-sided tests: is the mean difference surely smaller than the margin, either way?"
+    diffs = _values(diffs, "diffs")
+    if not (np.isfinite(margin) and margin > 0): raise RecapError(f"margin = {margin}: equivalence needs a margin above 0, fixed before the run")
+    if diffs.size < 2: raise RecapError("one difference has no spread: equivalence needs two or more")
+    w = draw_weights(diffs.size, _labels(groups, diffs.size), n, keyed_numpy(seed, "equivalence"))
+    w = w[w.sum(1) > 0]
+    draws = w @ diffs / w.sum(1)
+    lo, hi = np.quantile(draws, [alpha, 1 - alpha])
+    p = (1 + max((draws <= -margin).sum(), (draws >= margin).sum())) / (1 + len(draws))
+    return Equivalence(float(diffs.mean()), float(lo), float(hi), float(p), bool(-margin < lo and hi < margin))
 
 # %% ../nbs/21_statistics.ipynb #43eddba4
 def holm(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from recap.core import RecapError
-from recap.statistics import bootstrap_mean, bootstrap_ratio, draw_weights, holm, paired_difference, sign_flip_p
+from recap.statistics import bootstrap_mean, bootstrap_ratio, draw_weights, equivalent, holm, paired_difference, sign_flip_p
 
 
 def test_mean_interval_agrees_with_scipy():
@@ -94,6 +94,31 @@ def test_holm_against_its_definition():
     assert holm({"a": 0.01, "b": 0.5}) == {"a": 0.02, "b": 0.5}
 
 
+def test_equivalence_agrees_with_two_one_sided_t_tests():
+    "Schuirmann's test by scipy; the bootstrap's p against the larger of the two."
+    for seed, margin in ((0, 0.35), (1, 0.25), (2, 0.3), (3, 0.5)):
+        d = np.random.default_rng(seed).normal(0.1, 1, size=200)
+        peer = max(stats.ttest_1samp(d, -margin, alternative="greater").pvalue, stats.ttest_1samp(d, margin, alternative="less").pvalue)
+        ours = equivalent(d, margin, n=20000)
+        assert ours.p == pytest.approx(peer, abs=0.012)
+        lo, hi = stats.t.interval(0.9, 199, d.mean(), stats.sem(d))
+        assert (ours.lo, ours.hi) == pytest.approx((lo, hi), abs=0.02)
+        assert ours.same == (ours.lo > -margin and ours.hi < margin)
+
+
+def test_no_difference_found_is_not_equivalence():
+    d = np.random.default_rng(0).normal(0, 1, size=5)
+    assert paired_difference(d, 0 * d).p > 0.05 and not equivalent(d, 0.2).same
+    at_the_margin = [equivalent(np.random.default_rng(w).normal(0.3, 1, size=100), 0.3, n=400).same for w in range(200)]
+    assert np.mean(at_the_margin) < 0.11                            # a true difference of just the margin passes about one time in twenty
+
+
+def test_equivalence_over_groups_is_wider():
+    d = np.repeat(np.random.default_rng(9).normal(0, 1, size=12), 10)
+    alone, grouped = equivalent(d, 1), equivalent(d, 1, groups=np.repeat(np.arange(12), 10))
+    assert grouped.hi - grouped.lo > 2 * (alone.hi - alone.lo)
+
+
 def test_same_seed_same_interval_and_another_seed_another():
     x = np.random.default_rng(8).normal(size=40)
     assert bootstrap_mean(x, seed=3) == bootstrap_mean(x, seed=3) != bootstrap_mean(x, seed=4)
@@ -103,6 +128,7 @@ def test_same_seed_same_interval_and_another_seed_another():
     lambda: bootstrap_mean([]), lambda: bootstrap_mean([1, np.inf]), lambda: bootstrap_mean([1, 2], groups=[1]),
     lambda: bootstrap_ratio([0, 0], [0, 0]), lambda: bootstrap_ratio([1], [1, 2]), lambda: paired_difference([1], [1, 2]),
     lambda: bootstrap_mean([1, 2], groups=([0, 1], [0, 1], [0, 1])), lambda: holm([-0.1]),
+    lambda: equivalent([0.1, 0.2], -1), lambda: equivalent([0.1], 1), lambda: equivalent([], 1), lambda: equivalent([1, 2], 1, groups=[1]),
 ])
 def test_refusals_are_one_line(call):
     with pytest.raises(RecapError) as e: call()
