@@ -186,7 +186,8 @@ def picture(out):
     half = [scale(im, 354) for im in (light, dark)]
     sheet = Image.new("RGB", (half[0].width + 12 + 360, 720), "#8a8f98")
     for im, at in ((half[0], (0, 0)), (half[1], (0, 366)), (phone, (half[0].width + 12, 0))): sheet.paste(im, at)
-    with atomic_write(out) as f: sheet.save(f, "JPEG", quality=68, optimize=True)
+    sheet = scale(sheet, 560)   # what a page of the book can carry
+    with atomic_write(out) as f: sheet.save(f, "JPEG", quality=60, optimize=True)
 
 
 def main():

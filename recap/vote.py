@@ -564,7 +564,7 @@ def vote_lines(found:dict) -> list[str]:
     elif found["simulated"]: lines.append(f"left out: {found['simulated']} votes of simulated raters")
     if not found["votes"]: return [*lines, "no votes to count yet" + (" (--simulated shows what the programs said)" if found["simulated"] and not found["people"] else "")]
     bad = [c for c in found["checks"] if c["excluded"]]
-    lines.append(f"votes: {found['votes']} of {found['raters']} raters" + (f"; {len(bad)} raters with {found['excluded_votes']} votes failed the checks and are not counted" if bad else ""))
+    lines.append(f"votes: {found['votes']} of {found['raters']} raters" + (f"; not counted: {found['excluded_votes']} votes of {len(bad)} who failed the checks" if bad else ""))
     lines.append("checks passed: " + ", ".join(f"rater {c['rater']} {c['passed']}/{c['asked']}" for c in found["checks"]))
     a = found["agreement"]
     if a["equal"] is not None: lines.append(f"agreement: {a['equal']:.0%} of answers to the same task are equal" + (f", Krippendorff's alpha {a['alpha']:.2f}" if a["alpha"] is not None else ""))
