@@ -379,7 +379,7 @@ class Join:
     __pydantic_config__ = dict(extra="forbid")
 
 def _fastapi():
-    try: import fastapi, uvicorn
+    try: import fastapi, fastapi.responses, uvicorn
     except ImportError: raise RecapError("the page where people vote needs FastAPI and uvicorn: pip install -e '.[vote]'") from None
     return fastapi, uvicorn
 
@@ -419,7 +419,7 @@ def make_app(
 ):                   # -> fastapi.FastAPI; its votes are `app.state.ballots`
     "The page where people vote."
     fastapi, _ = _fastapi()
-    from fastapi.responses import JSONResponse, Response
+    JSONResponse, Response = fastapi.responses.JSONResponse, fastapi.responses.Response
     ballots, files = Ballots(db, study), {n: (project_root()/"data"/"vote"/n).read_bytes() for n in ("vote.html", "vote.css", "vote.js")}
     app, png = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None), functools.lru_cache(64)(bare_png)
     app.state.ballots = ballots

@@ -8,7 +8,9 @@ from conftest import ROOT, environment, recap
 from test_report import CHROMIUM, FLAGS, HOSTILE
 from benchmarks.vote import thousand, votes_by_task
 from recap import vote as v
+from recap.core import RecapError
 
+pytest.importorskip("fastapi", reason="fastapi is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 COLOURS = dict(red=(200, 30, 30), green=(30, 160, 60), blue=(40, 60, 200))
@@ -234,6 +236,11 @@ def test_a_thousand_votes_and_three_kills(tmp_path):
     found = thousand(tmp_path, 1000, 8, 3)
     assert (found["lost"], found["twice"], found["wrong"], found["killed"], found["same_rater_twice"], found["raters_a_pair"]) == (0, 0, [], 3, 0, [4]) and found["votes"] >= 1000 and found["taken_back"] > 10
 
+def test_without_the_packages_one_line_says_what_to_install(tmp_path, study, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with pytest.raises(RecapError, match=r"pip install -e '.\[vote\]'"): v.make_app(study, tmp_path/"votes.db")
+    assert not (tmp_path/"votes.db").exists()
+
 # --- in a browser
 
 @pytest.fixture(scope="module")
@@ -341,4 +348,6 @@ def test_captions_are_rated_with_five_keys_and_a_wrong_link_is_told(browser, tmp
         votes = v.votes_of(tmp_path/"votes.db")
         assert [x["answer"] for x in votes[:3]] == ["5", "2", "1"] and sum(not x["check"] for x in votes) == 4 and any(x["check"] for x in votes) and tab.said == []
         wrong = Tab(browser, f"http://127.0.0.1:{port}/#rater=1.{'0'*32}"); wrong.page.wait_for_selector("[data-view=problem]")
-        for t in (tab, wrong): t.context.close()
+        late = Tab(browser, f"http://127.0.0.1:{port}/#rater={ballots.token(ballots.rater('link 2'))}")
+        assert late.view() == "done" and "Others have taken" in late.page.inner_text("#kept")       # all places are taken: it says so
+        for t in (tab, wrong, late): t.context.close()
