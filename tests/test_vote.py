@@ -118,6 +118,17 @@ def test_a_full_disk_acknowledges_nothing_and_goes_on_later(tmp_path, study):
         status, told = post(port, "/api/state", {}, token); assert status == 200
         assert post(port, "/api/vote", dict(id=told["tasks"][0]["id"], turn=0, answer="tie"), token)[1]["done"] == 1
 
+def test_what_a_study_painted_can_be_voted_on_as_it_lies(tmp_path):
+    from recap.command import _systems
+    from recap.core import read_json
+    from recap.results import toy_study
+    home = toy_study(tmp_path/"toy", n=6)
+    of = lambda arm: home/f"evaluate_{arm}"/"images"/"people"
+    study = v.pair_study(_systems([of("alt"), of("dsc95")]), real=of("real"), every=2)
+    told = {str(r["index"]): r["prompt"] for r in read_json(home/"evaluate_alt"/"results.json")["texts"]["people"]["rows"]}
+    assert {t.systems for t in study.tasks} == {("evaluate_alt", "evaluate_dsc95"), ("check", "check")} and {t.known for t in study.tasks} == {"", "tie", "0"}
+    assert all(t.text == told[t.key] for t in study.tasks if not t.known) and study.left_out == 0
+
 # --- what the votes say
 
 def test_two_systems_have_the_elo_of_their_odds(tmp_path):
