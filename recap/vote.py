@@ -150,12 +150,16 @@ class Refused(Exception):
     "What a rater asked for cannot be; `state` says where things stand."
     def __init__(self, status:int, why:str, state=None): super().__init__(why); self.status, self.why, self.state = status, why, state
 
-def _connect(path) -> sqlite3.Connection:
+def _connect(
+    path,
+    new:bool=False,   # an empty file will do
+) -> sqlite3.Connection:
     "Open a file of votes; refuse any other file."
     try:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-        if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION: raise RecapError(f"{path} is no file of votes")
+        ours, empty = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION, not db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
     except sqlite3.Error as e: raise RecapError(f"{path} cannot be read as a file of votes ({e})") from None
+    if not (ours or new and empty): db.close(); raise RecapError(f"{path} is no file of votes")
     return db
 
 def _starts(study:Study) -> list: # for every task, the system that is on the left first
@@ -179,7 +183,7 @@ class Ballots:
         if not self.path.parent.is_dir(): raise RecapError(f"{self.path.parent} does not exist: --db names a file in a folder that does")
         try: os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))   # it holds the key of all links
         except OSError as e: raise RecapError(f"{self.path} cannot be written ({e.strerror})") from None
-        if not self.path.stat().st_size: self._create()
+        self._create()
         self._db = _connect(self.path)
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"): self._db.execute(f"PRAGMA {pragma}")
         meta = dict(self._db.execute("SELECT name, value FROM meta"))
@@ -187,14 +191,15 @@ class Ballots:
         self._secret, self._orders, self._starts = bytes.fromhex(meta["secret"]), {}, _starts(study)
 
     def _create(self):
-        "Tables and tasks, whole or not at all."
+        "Tables and tasks, whole or not at all; nothing if they are there."
         rows = [(i, t.key, json.dumps(t.systems), t.text.encode("utf8", "replace").decode(), t.known) for i, t in enumerate(self.study.tasks)]
-        with sqlite3.connect(self.path, isolation_level=None) as db:
-            db.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION}; {SCHEMA}")
+        with contextlib.closing(_connect(self.path, new=True)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            if db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION: return
+            for statement in (*SCHEMA.split(";")[:-1], f"PRAGMA application_id = {APPLICATION}"): db.execute(statement)
             db.executemany("INSERT INTO tasks VALUES (?, ?, ?, ?, ?)", rows)
             db.executemany("INSERT INTO meta VALUES (?, ?)", dict(question=self.study.question, fingerprint=self.study.fingerprint, secret=secrets.token_hex(32)).items())
             db.execute("COMMIT")
-        db.close()
 
     @contextlib.contextmanager
     def _write(self):
@@ -374,7 +379,7 @@ class Join:
     __pydantic_config__ = dict(extra="forbid")
 
 def _fastapi():
-    try: import fastapi, uvicorn
+    try: import fastapi, fastapi.responses, uvicorn
     except ImportError: raise RecapError("the page where people vote needs FastAPI and uvicorn: pip install -e '.[vote]'") from None
     return fastapi, uvicorn
 
@@ -414,7 +419,7 @@ def make_app(
 ):                   # -> fastapi.FastAPI; its votes are `app.state.ballots`
     "The page where people vote."
     fastapi, _ = _fastapi()
-    from fastapi.responses import JSONResponse, Response
+    JSONResponse, Response = fastapi.responses.JSONResponse, fastapi.responses.Response
     ballots, files = Ballots(db, study), {n: (project_root()/"data"/"vote"/n).read_bytes() for n in ("vote.html", "vote.css", "vote.js")}
     app, png = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None), functools.lru_cache(64)(bare_png)
     app.state.ballots = ballots
@@ -466,7 +471,7 @@ def serve(
     for k in range(raters): show(f"rater {k + 1}: {base}rater={ballots.token(ballots.rater(f'link {k + 1}'))}")
     if not raters: show(f"for all raters: {base}join={ballots.sign('invitation')}")
     if host not in ("127.0.0.1", "localhost", "::1"): show("this address is not only yours, and http is not encrypted: put a server with https before it if raters come from outside")
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3)).run(sockets=[listening])
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=3)).run(sockets=[listening])
 
 # %% ../nbs/24_vote.ipynb #ef88b580
 def simulate(
@@ -559,7 +564,7 @@ def vote_lines(found:dict) -> list[str]:
     elif found["simulated"]: lines.append(f"left out: {found['simulated']} votes of simulated raters")
     if not found["votes"]: return [*lines, "no votes to count yet" + (" (--simulated shows what the programs said)" if found["simulated"] and not found["people"] else "")]
     bad = [c for c in found["checks"] if c["excluded"]]
-    lines.append(f"votes: {found['votes']} of {found['raters']} raters" + (f"; {len(bad)} raters with {found['excluded_votes']} votes failed the checks and are not counted" if bad else ""))
+    lines.append(f"votes: {found['votes']} of {found['raters']} raters" + (f"; not counted: {found['excluded_votes']} votes of {len(bad)} who failed the checks" if bad else ""))
     lines.append("checks passed: " + ", ".join(f"rater {c['rater']} {c['passed']}/{c['asked']}" for c in found["checks"]))
     a = found["agreement"]
     if a["equal"] is not None: lines.append(f"agreement: {a['equal']:.0%} of answers to the same task are equal" + (f", Krippendorff's alpha {a['alpha']:.2f}" if a["alpha"] is not None else ""))

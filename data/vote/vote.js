@@ -66,7 +66,8 @@ async function show() {
   $("#count").textContent = state.done + " of " + state.total;
   $("#undo").disabled = !state.undo;
   document.body.classList.toggle("rate", !pair);
-  if (!task) { $("#kept").textContent = state.done == 1 ? "Your answer is kept." : "Your " + state.done + " answers are kept."; return view("done"); }
+  if (!task) { $("#kept").textContent = !state.done ? "Others have taken all there is to do. If one of them leaves, there will be more: look in again in half an hour."
+    : (state.done == 1 ? "Your answer is kept." : "Your " + state.done + " answers are kept.") + " You can close this page."; return view("done"); }
   if (!begun && !state.done) return view("intro");
   begun = true;
   const pictures = $("#pictures"), answers = $("#answers"), loaded = [];
