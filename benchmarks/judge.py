@@ -34,7 +34,8 @@ def main():
     for world, judged in results["worlds"].items():
         print(f"{world}\n{'':22} {'cases':>5} {'passed':>18} {'caught':>18} {'verdict':>18} {'alpha':>6} {'pair':>18} {'excluded':>8}")
         for name, found in judged.items():
-            for k, v in found["kinds"].items():
+            for k in (*PLANTS, "all"):
+                v = found["kinds"][k]
                 alpha = "" if v["alpha"] is None else f"{v['alpha']:+.2f}"
                 print(f"{name:11} {k:10} {v['cases']:5} {told(v['passed']):>18} {told(v['caught']):>18} {told(v['verdict']):>18} {alpha:>6} {told(v['pair']):>18} {v['excluded']:8}")
     first = results["worlds"]["easy"][next(iter(LOCAL))]["kinds"]["all"]["verdict"]

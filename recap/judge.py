@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .core import Config, RecapError, atomic_write, foundation, keyed_rng, progress, project_root, write_json
+from .core import Config, RecapError, atomic_write, foundation, hash_folder, keyed_rng, progress, project_root, write_json
 from .drawing import nouns
 from .pictures import BadImage
 from .ratings import agreement
 from .reader import one_way, read_facts
+from .runs import lock_folder, unlock_folder
 from .scorers import SIZE, Detector, Shown, change_one, people_text
 from .servers import Reply, Server, ServerConfig, as_picture, message
 from .statistics import bootstrap_mean
@@ -49,7 +50,9 @@ def _pair_up(prompts, *images):
         if len(pictures) != len(prompts): raise RecapError(f"{len(pictures)} pictures for {len(prompts)} prompts: they must pair up")
 
 def _askable(fact): # has the world words for it?
-    try: return bool(question_of(fact)) and all(_members(w) for w in (fact[1:4:2] if fact[0] not in ("place", "weather", "style") else ()) if fact[0] == "relation" or w == fact[1])
+    kind, *words = fact
+    names = () if kind in ("place", "weather", "style") else words[::2] if kind == "relation" else words[:1]
+    try: return bool(question_of(fact)) and all(map(_members, names))
     except RecapError: return False
 
 def _members(word): return [n for n, s in nouns().items() if word in (n, s.family)]
@@ -72,12 +75,13 @@ class FactJudge:
         answers,              # has `check` (Detector, VQAScorer), or `answer(images, questions)` -> probabilities of yes, for any prompt
         name:str="",          # in results
         threshold:float=.5,   # a fact holds above it
+        weights:str="",       # their fingerprint: rows of other weights are not kept
     ):
-        self.answers, self.name, self.threshold = answers, name or type(answers).__name__, threshold
+        self.answers, self.name, self.threshold, self.weights = answers, name or type(answers).__name__, threshold, weights
         self.forms = _forms if isinstance(answers, Detector) else lambda fact: [fact]
 
     @property
-    def identity(self) -> dict: return {"judge": self.name, "threshold": self.threshold}
+    def identity(self) -> dict: return {"judge": self.name, "threshold": self.threshold, "weights": self.weights}
 
     def ask(self,
         images,                   # n pictures: PIL, arrays, bytes or paths
@@ -179,11 +183,12 @@ def compare(self:FactJudge,
 ) -> list[Choice]:
     "The picture whose facts are likelier."
     _pair_up(prompts, images_a, images_b)
-    def of(a, b):
-        if a.fault: return Choice(fault=a.fault, why=a.why)
-        gap = a.score - b.score
-        return Choice("tie" if abs(gap) < MARGIN else "AB"[gap < 0], "; ".join(f"{n} {v.score:.2f}" + f" ({v.why})"*(not v.correct) for n, v in (("A", a), ("B", b))))
-    return [of(a, b) for a, b in zip(self.judge(images_a, prompts), self.judge(images_b, prompts))]
+    return [*map(_likelier, self.judge(images_a, prompts), self.judge(images_b, prompts))]
+
+def _likelier(a:Verdict, b:Verdict) -> Choice:
+    if a.fault: return Choice(fault=a.fault, why=a.why)
+    gap = a.score - b.score
+    return Choice("tie" if abs(gap) < MARGIN else "AB"[gap < 0], "; ".join(f"{n} {v.score:.2f}" + f" ({v.why})"*(not v.correct) for n, v in (("A", a), ("B", b))))
 
 # %% ../nbs/23_judge.ipynb #23c0f014
 def judge_cases(
@@ -192,8 +197,13 @@ def judge_cases(
 ) -> list[dict]:          # a row a case: kind, prompt, what was said of the right picture, of the wrong one, and of the pair
     "Show a judge both pictures of every case, one by one and side by side."
     right, wrong, prompts = [render(c.right, SIZE) for c in cases], [render(c.wrong, SIZE) for c in cases], [c.prompt for c in cases]
-    said, pairs = judge.judge(right + wrong, prompts*2), judge.compare(right, wrong, prompts)
+    said = judge.judge(right + wrong, prompts*2)
+    pairs = [*map(_likelier, said, said[len(cases):])] if isinstance(judge, FactJudge) else judge.compare(right, wrong, prompts)
     return [dict(kind=c.kind, prompt=c.prompt, facts=len(read_facts(c.prompt).facts), right=a, wrong=b, pair=p) for c, a, b, p in zip(cases, said, said[len(cases):], pairs)]
+
+def _alpha(table): # None where it is not defined
+    try: return round(agreement(table), 4)
+    except RecapError: return None
 
 def measure_judge(
     rows:list[dict],   # of judge_cases
@@ -208,8 +218,7 @@ def measure_judge(
         out = dict(cases=len(rows), excluded=2*len(rows) - len(told), pairs_excluded=len(rows) - len(pairs), passed=share(True), caught=share(False))
         out["verdict"] = plain(balanced(*zip(*told), seed=seed)) if out["passed"] and out["caught"] else None
         out["pair"] = plain(bootstrap_mean(pairs, seed=seed)) if pairs else None
-        said = [r[k].correct for k in ("right", "wrong") for r in rows]
-        return out | {"alpha": round(agreement([[True]*len(rows) + [False]*len(rows), said]), 4) if out["verdict"] else None}
+        return out | {"alpha": _alpha([[True]*len(rows) + [False]*len(rows), [r[k].correct for k in ("right", "wrong") for r in rows]])}
     return {kind: of([r for r in rows if r["kind"] == kind]) for kind in dict.fromkeys(r["kind"] for r in rows)} | {"all": of(rows)}
 
 # %% ../nbs/23_judge.ipynb #23c0f019
@@ -281,10 +290,10 @@ def open_judge(
     if hasattr(source, "judge"): return source
     if isinstance(source, (Server, ServerConfig)) or str(source).startswith(("http://", "https://")): return ServerJudge(source)
     name = str(source) or next(iter(LOCAL))
-    if name in LOCAL: return FactJudge(LOCAL[name].from_pretrained(foundation(name)), name, threshold)
+    if name in LOCAL: return FactJudge(LOCAL[name].from_pretrained(foundation(name)), name, threshold, hash_folder(foundation(name)))
     if not Path(name).expanduser().is_dir(): raise RecapError(f"unknown judge {name!r}: {', '.join(LOCAL)}, the folder of a model that answers questions, or http://HOST:PORT/v1#MODEL")
     from recap.questions import open_vqa
-    return FactJudge(open_vqa(Path(name).expanduser()), Path(name).name, threshold)
+    return FactJudge(open_vqa(Path(name).expanduser()), Path(name).name, threshold, hash_folder(Path(name).expanduser()))
 
 # %% ../nbs/23_judge.ipynb #23c0f02a
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -367,19 +376,25 @@ def judge_folder(
     out = Path(out) if out else Path(folder).with_name(f"{Path(folder).name}_judged")
     out.mkdir(parents=True, exist_ok=True)
     for f in asked: f["key"] = _row_key(judge, f)
-    kept = {r["key"]: r for r in _rows_in(out/"verdicts.jsonl") if r["fault"] not in ("failed", "no picture")}
+    lock_folder(out)
+    try: rows, again = _judge_rest(judge, asked, out/"verdicts.jsonl", batch_size)
+    finally: unlock_folder(out)
+    summary = {"judge": judge.name, "folder": str(folder)} | ({"against": str(against)} if against is not None else {}) | summarise_verdicts(rows, seed)
+    write_json(out/"summary.json", summary)
+    return summary | {"out": str(out), "kept": again} | ({"spent": dict(judge.server.spent)} if hasattr(judge, "server") else {})
+
+def _judge_rest(judge, asked, path, batch_size): # all rows, in order, and how many of them were there already
+    kept = {r["key"]: r for r in _rows_in(path) if r["fault"] not in ("failed", "no picture")}
     todo = [f for f in asked if f["key"] not in kept]
-    with open(out/"verdicts.jsonl", "a", encoding="utf8") as log:
+    with open(path, "a", encoding="utf8") as log:
         for i in progress(range(0, len(todo), batch_size), -(-len(todo)//batch_size), "batches"):
             for row in _judge_batch(judge, todo[i:i + batch_size]):
                 kept[row["key"]] = row
                 log.write(json.dumps(row, ensure_ascii=False) + "\n")
             log.flush()
     rows = [kept[f["key"]] | {"index": f["index"], "category": f["category"]} for f in asked]
-    with atomic_write(out/"verdicts.jsonl", "w") as f: f.writelines(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rows)
-    summary = {"judge": judge.name, "folder": str(folder)} | ({"against": str(against)} if against is not None else {}) | summarise_verdicts(rows, seed)
-    write_json(out/"summary.json", summary)
-    return summary | {"out": str(out), "kept": len(asked) - len(todo)}
+    with atomic_write(path, "w") as f: f.writelines(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rows)
+    return rows, len(asked) - len(todo)
 
 def summary_text(summary:dict) -> str: # of judge_folder
     "What a judge found, for people."
@@ -389,6 +404,7 @@ def summary_text(summary:dict) -> str: # of judge_folder
     lines += [f"excluded: {', '.join(f'{n} {k}' for k, n in summary['excluded'].items())}"] if summary["excluded"] else []
     lines += [f"{'first folder wins, ties half' if what != 'correct' else what}: {told(summary[what])}", *(f"   {c}: {told(s)}" for c, s in summary["categories"].items())]
     if what != "correct": lines += [f"choices: {', '.join(f'{n} {k}' for k, n in summary['choices'].items())}; flipped with the order: {summary['flipped']}"]
+    if spent := summary.get("spent"): lines += [f"asked: {', '.join(f'{n} {k}' for k, n in sorted(spent.items()))}"]
     return "\n".join([*lines, f"rows: {summary['out']}"])
 
 def _row_key(judge, f): # of what a row depends on
@@ -432,17 +448,19 @@ class JudgeConfig(Config):
 def run_judge(
     cfg:JudgeConfig,
     seed:int=0,      # of scenes, errors, prompts and intervals
-) -> dict:           # world -> judge -> kinds, lengths
+) -> dict:           # worlds: world -> judge -> kinds, lengths; between: world -> alpha of the judges among themselves, the truth left out
     "Measure judges on planted errors."
-    found, worlds = {}, cfg.worlds.split("+")
-    judges = {name: open_judge(name, cfg.threshold) for name in [*filter(None, cfg.judges.split(",")), *filter(None, [cfg.server])]}
-    for world in worlds:
-        cases = [c for kind in cfg.kinds.split(",") for c in draw_cases(world, kind, cfg.n, seed)]
-        for judge in judges.values():
+    found, between = {}, {}
+    judges = [open_judge(name, cfg.threshold) for name in [*filter(None, cfg.judges.split(",")), *filter(None, [cfg.server])]]
+    for world in cfg.worlds.split("+"):
+        cases, said = [c for kind in cfg.kinds.split(",") for c in draw_cases(world, kind, cfg.n, seed)], []
+        for judge in judges:
             rows = judge_cases(judge, cases)
+            said.append([r[k].correct for k in ("right", "wrong") for r in rows])
             lengths = Counter((r["facts"], r["right"].verdict) for r in rows if r["right"].verdict and PLANTS[r["kind"]] == "")
             found.setdefault(world, {})[judge.name] = {"kinds": measure_judge(rows, seed), "lengths": sorted([n, v == "correct", k] for (n, v), k in lengths.items())}
-    return found
+        between[world] = _alpha(said)
+    return {"worlds": found, "between": between}
 
 # %% ../nbs/23_judge.ipynb #23c0f037
 def plot_judges(
@@ -450,9 +468,10 @@ def plot_judges(
     axes,              # two of matplotlib: verdicts, pairs
 ):
     "Accuracy by kind of error, with intervals, beside chance."
+    kinds = [k for k in (*PLANTS, "all") if all(k in found["kinds"] for found in judged.values())]
     for ax, what, title in zip(axes, ("verdict", "pair"), ("one picture: correct or incorrect?", "two pictures: which is better?")):
         for j, (name, found) in enumerate(judged.items()):
-            at = [(i + .16*(2*j - len(judged) + 1)/2, v[what]) for i, v in enumerate(found["kinds"].values()) if v[what]]
+            at = [(i + .16*(2*j - len(judged) + 1)/2, found["kinds"][k][what]) for i, k in enumerate(kinds) if found["kinds"][k][what]]
             ax.errorbar([x for x, _ in at], [v["mean"] for _, v in at], [[v["mean"] - v["lo"] for _, v in at], [v["hi"] - v["mean"] for _, v in at]], fmt="o", ms=4, lw=1.2, capsize=2, label=name)
         ax.axhline(.5, color="grey", lw=.8, ls=":"); ax.set_ylim(.2, 1.04); ax.set_title(title, fontsize=8)
-        ax.set_xticks(range(len(found["kinds"])), found["kinds"], fontsize=7, rotation=30); ax.axvline(len(found["kinds"]) - 1.5, color="0.8", lw=.6)
+        ax.set_xticks(range(len(kinds)), kinds, fontsize=7, rotation=30); ax.axvline(len(kinds) - 1.5, color="0.8", lw=.6)
