@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'world_app', 'corpus_app', 'STOPPED', 'run_command', 'main', 'parse_given', 'study', 'stage', 'make', 'inspect',
-           'validate', 'convert', 'relabel', 'caption', 'tune', 'vote', 'train', 'sample', 'results', 'plan']
+           'validate', 'convert', 'relabel', 'caption', 'tune', 'vote', 'train', 'sample', 'results', 'plan', 'judge']
 
 # %% ../nbs/28_command.ipynb #c9566476
 import json, os, sys
@@ -387,3 +387,20 @@ def plan(
     cfg = plan_config(scale, **parse_given(given))
     lines = make_plan(cfg)
     _json({"scale": scale, "inputs": cfg.to_dict(), "lines": lines}) if json_ else print(plan_table(lines, cfg))
+
+# %% ../nbs/28_command.ipynb #23c0c002
+@app.command()
+def judge(
+    images:Path=typer.Argument(help="a folder of pictures, such as `recap evaluate` writes"),
+    prompts:Path=typer.Option(None, help="a .txt with a prompt a line, or a .jsonl with index and prompt; empty: the folder's prompts.jsonl or metadata.jsonl"),
+    against:Path=typer.Option(None, help="another folder with pictures of the same names: which follows the prompts better?"),
+    source:str=typer.Option("", "--judge", help="detector, vqa, the folder of a model that answers questions, or http://HOST:PORT/v1#MODEL; empty: the detector"),
+    out:Path=typer.Option(None, help="folder for verdicts.jsonl and summary.json; empty: IMAGES_judged"),
+    batch_size:int=typer.Option(64),
+    json_:bool=typer.Option(False, "--json", help="for programs"),
+):
+    "Does each picture show what its prompt asks for?"
+    from recap.judge import judge_folder, summary_text
+    found = judge_folder(_path(images), source, prompts and _path(prompts), against and _path(against), out and _path(out), batch_size)
+    _json(found) if json_ else print(summary_text(found))
+    return int(any(f in found["excluded"] for f in ("failed", "no picture")))
