@@ -369,7 +369,7 @@ def rewrite(self:Upsampler,
     for p in dict.fromkeys(prompts) if self.store else ():
         if p not in done and (kept := self.store.get(self.key(p))): done[p] = Rewrite.good(p, kept.text, Check.of(p, kept.text)) if kept.finish == "stop" else Rewrite.bad(p, kept.text)
     todo, why = [p for p in dict.fromkeys(prompts) if p not in done], {}
-    for attempt in range(self.tries):
+    for attempt in range(self.tries if todo else 0):
         for p, text in zip(todo, self.write(todo, attempt)):
             check = Check.of(p, text)
             why[p] = fault_of(text, check, strict=True)
