@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'world_app', 'corpus_app', 'STOPPED', 'run_command', 'main', 'parse_given', 'study', 'stage', 'make', 'inspect',
-           'validate', 'convert', 'relabel', 'caption', 'tune', 'vote', 'train', 'sample', 'results', 'plan', 'judge']
+           'validate', 'convert', 'relabel', 'caption', 'tune', 'vote', 'train', 'sample', 'upsample', 'results',
+           'plan', 'judge']
 
 # %% ../nbs/28_command.ipynb #c9566476
 import json, os, sys
@@ -359,6 +360,28 @@ def sample(
     images = painter.paint([prompt]*n, list(range(seed, seed + n)), guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
     with atomic_write(grid) as f: image_grid(list(images), ncol=min(n, 8), scale=2).save(f, "PNG")
     print(grid)
+
+# %% ../nbs/28_command.ipynb #28a19002
+@app.command()
+def upsample(
+    prompts:list[str]=typer.Argument(None, help="what should be rewritten"),
+    file:Path=typer.Option(None, help="prompts, one a line"),
+    out:Path=typer.Option(None, help="JSON lines; a run that was stopped goes on there"),
+    source:str=typer.Option("", help="folder of an upsampler, or http://HOST:PORT/v1#MODEL; empty: the small model that comes with the project"),
+    json_:bool=typer.Option(False, "--json", help="for programs"),
+):
+    "Rewrite short prompts into descriptions that keep every fact."
+    try: asked = [*(prompts or []), *(line.strip() for line in (_path(file).read_text(encoding="utf-8-sig").splitlines() if file else ()) if line.strip())]
+    except (OSError, UnicodeDecodeError) as e: raise RecapError(f"{file} cannot be read: {getattr(e, 'strerror', None) or 'it is no text in UTF-8'}") from None
+    if not asked: raise RecapError("what should be rewritten? Give prompts, or a --file of them")
+    from recap.upsample import open_upsampler, rewrite_file
+    done = rewrite_file(asked, open_upsampler(source), out and _path(out))
+    if json_: _json([r.to_dict() for r in done])
+    else:
+        for r in done: print(r.text)
+    for r in done:
+        if not r.ok: print(f"recap: {r.prompt!r} stays as it is: {r.why}", file=sys.stderr)
+    return int(not all(r.ok for r in done))
 
 # %% ../nbs/28_command.ipynb #8c5aa296
 @app.command()
