@@ -65,7 +65,8 @@ def _batches(images, size:int):
 def _seen(images, features, size:int):
     "Features, batch by batch; what is given as features already is passed on."
     ready = not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) == 2
-    for part in _batches(images, 4096 if ready else size): yield np.asarray(part) if ready else np.asarray(features(part))
+    if not ready and features is None: features = open_clip_scorer().image_features
+    for part in _batches(images, 4096 if ready else size): yield np.asarray(part if ready else features(part))
 
 # %% ../nbs/20a_distances.ipynb #952d76f5
 def moments(
@@ -76,7 +77,7 @@ def moments(
     "Mean and covariance of a set's features, in memory that does not grow with the set."
     if isinstance(images, Moments): return images
     found = Moments()
-    for rows in _seen(images, features or open_clip_scorer().image_features, batch_size): found.add(rows)
+    for rows in _seen(images, features, batch_size): found.add(rows)
     if found.mean is None: raise RecapError("there are no pictures: a distance needs two sets")
     return found
 
@@ -105,7 +106,7 @@ def fid(
 
 # %% ../nbs/20a_distances.ipynb #e5369b4e
 def _features(images, features, size:int) -> np.ndarray: # (n, d)
-    rows = list(_seen(images, features or open_clip_scorer().image_features, size))
+    rows = list(_seen(images, features, size))
     if not rows: raise RecapError("there are no pictures: a distance needs two sets")
     rows = np.concatenate(rows).astype(np.float64)
     if not np.isfinite(rows).all(): raise RecapError(f"picture {int(np.flatnonzero(~np.isfinite(rows).all(1))[0])} has a feature that is not a finite number")

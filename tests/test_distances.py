@@ -162,6 +162,14 @@ def test_refusals_are_one_line(call, words):
     assert "\n" not in str(e.value)
 
 
+def test_without_an_extractor_the_small_clip_looks():
+    from recap.metrics import open_clip_scorer
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    seen = open_clip_scorer(device="cpu").image_features(pictures)
+    assert np.allclose(moments(pictures).mean, seen.mean(0), atol=1e-5) and cmmd(pictures[:3], pictures[3:]) == pytest.approx(cmmd(seen[:3], seen[3:]), abs=1e-4)
+    assert np.allclose(moments(Image.fromarray(p) for p in pictures).mean, seen.mean(0), atol=1e-5)
+
+
 # --- Inception
 
 @pytest.fixture(scope="module")
@@ -209,3 +217,17 @@ def test_inception_refuses_what_it_cannot_trust(weights, tmp_path):
     with pytest.raises(RecapError, match="does not hold this Inception") as e: Inception(tmp_path/"other.pth", "cpu")
     assert "\n" not in str(e.value)
     with pytest.raises(RecapError, match="no weights here"): Inception(tmp_path/"none.pth")
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_from_end_to_end(tmp_path):
+    import json, subprocess, sys
+    from conftest import ROOT, environment
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmarks.metrics", "--quick", "--out", str(tmp_path/"metrics.json")], cwd=ROOT,
+                          env=environment(ROOT, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said, told = json.loads(done.stdout.strip().split("\n")[-1]), json.loads((tmp_path/"metrics.json").read_text())
+    assert said["name"] == "metrics" and said["ratio"] == pytest.approx(said["ours"]/said["peer"], abs=1e-3)
+    assert [c["name"] for c in told["cases"]] == ["frechet", "inception", "clip", "clip, four pictures a text"] and told["complete"] and told["quick"]
+    for c in told["cases"]: assert max(c["difference"].values()) < 1e-3 and all(v > 0 for v in c["ratio"].values())
+    assert {"provenance", "peers", "seed", "threads", "clock", "estimated"} <= set(told)
