@@ -104,7 +104,7 @@ class PretrainedClip:
                 rows.append(_unit(self.model.get_image_features(pixels).pooler_output))
         return np.concatenate(rows)
 
-    def text_features(self, texts:Sequence[str], batch_size:int=256) -> np.ndarray: # (n, d), each of length 1
+    def text_features(self, texts:Sequence[str], batch_size:int=64) -> np.ndarray: # (n, d), each of length 1
         "Texts on the unit sphere; a text over the limit is refused."
         import torch
         unique = list(dict.fromkeys(texts))
