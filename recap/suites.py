@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from PIL import Image
-from .core import RecapError, atomic_write, foundation, hash_folder, image_grid, key_number, keyed_numpy, keyed_rng, nearest, pick_device, progress, project_root, read_json, write_json
+from .core import RecapError, atomic_write, foundation, hash_folder, image_grid, key_number, keyed_numpy, keyed_rng, nearest, pick_device, pick_dtype, progress, project_root, read_json, write_json
 from .drawing import COLOURS
 from .language import PLACE_WORDS, RELATION_WORDS, descriptive_caption, noun_phrase, people_prompt, short_caption
 from .metrics import clip_score, open_clip_scorer
@@ -400,32 +400,35 @@ class Model:
     def __init__(self,
         paint,          # paint(prompts, seeds) -> PIL images
         settings:dict,  # ready for JSON
-    ): self.paint, self.settings = paint, settings
+        cut=None,       # cut(prompts) -> those of which the model does not read the end
+    ): self.paint, self.settings, self.cut = paint, settings, cut or (lambda prompts: [])
 
 def _ours(path:Path) -> bool: # a pipeline of ours carries our own file to the byte
     here = Path(sys.modules["recap.pipeline"].__file__) if "recap.pipeline" in sys.modules else project_root()/"recap"/"pipeline.py"
     return (path/"pipeline.py").is_file() and (path/"pipeline.py").read_bytes() == here.read_bytes()
 
-def _diffusers(name, guidance_scale, num_inference_steps, device, trust_remote_code):
+def _diffusers(name, settings, device, dtype, trust_remote_code) -> Model:
     "A pipeline of diffusers, from a folder or by its name."
     import torch
     from diffusers import DiffusionPipeline
-    local = Path(name).is_dir()
-    try: pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=trust_remote_code or local and _ours(Path(name)), dtype=torch.float16 if device.type == "cuda" else torch.float32)
-    except RecapError: raise
+    kind = pick_dtype("float32" if dtype == "auto" and device.type == "cpu" else dtype, device)
+    try: pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=trust_remote_code or _ours(Path(name)), dtype=kind).to(device)
     except Exception as e: raise RecapError(f"{name} cannot be loaded as a diffusers pipeline ({' '.join(str(e).split())[:200]}): give a folder that has model_index.json, or a name such as owner/model where there is a network") from None
-    pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    more = {k: v for k, v in dict(guidance_scale=guidance_scale, num_inference_steps=num_inference_steps).items() if v is not None}
+    more = {k: settings[k] for k in ("guidance_scale", "num_inference_steps") if settings[k] is not None}
+    readers = [t for k in ("tokenizer", "tokenizer_2", "tokenizer_3") if (t := getattr(pipe, k, None)) is not None and t.model_max_length < 10**6]
     def paint(prompts, seeds):
-        return pipe(list(prompts), generator=[torch.Generator().manual_seed(s) for s in seeds], **more).images
-    return paint
+        try: return pipe(list(prompts), generator=[torch.Generator().manual_seed(s) for s in seeds], **more).images
+        except ValueError as e: raise RecapError(f"{name}: {e}") from None
+    def cut(prompts): return [p for p in prompts if readers and all(len(t(p).input_ids) > t.model_max_length for t in readers)]
+    return Model(paint, settings | {"dtype": str(kind)}, cut)
 
 def open_model(
     model,                           # an arm's folder, a diffusers pipeline's folder or name, "foundation", or a Model
     guidance_scale:float=None,       # None: the model's own
     num_inference_steps:int=None,    # None: the model's own
     device:str="auto",
+    dtype:str="auto",                # of a diffusers pipeline: float32 on the processor, bfloat16 on a GPU, which no model overflows
     trust_remote_code:bool=False,    # run code that comes with a model of someone else's
 ) -> Model:
     "Load what paints."
@@ -435,7 +438,7 @@ def open_model(
     if path.is_dir(): settings |= dict(model=path.name, weights=hash_folder(path))
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)): raise RecapError(f"{path} does not exist: give the folder of a trained arm or of a diffusers pipeline, or a name such as owner/model")
     if path.is_dir() and not (path/"model.json").exists() and not (path/"model_index.json").exists(): raise RecapError(f"{path} holds neither model_index.json (a diffusers pipeline) nor model.json (an arm)")
-    if not (path/"model.json").exists(): return Model(_diffusers(str(path) if path.is_dir() else str(model), guidance_scale, num_inference_steps, device, trust_remote_code), settings)
+    if not (path/"model.json").exists(): return _diffusers(str(path) if path.is_dir() else str(model), settings, device, dtype, trust_remote_code)
     from recap.train import Painter
     painter = Painter.from_pretrained(path, device)
     def paint(prompts, seeds): return [Image.fromarray(x) for x in painter.paint(prompts, seeds, guidance_scale=5. if guidance_scale is None else guidance_scale, num_inference_steps=num_inference_steps or 20)]
@@ -487,7 +490,9 @@ def detector_trust(
     for category, part in by.items():
         true, seen = [[tuple(f) for f in a.meta["facts"]] for a in part], [visible_scene(Scene.from_dict(a.meta["scene"])) for a in part]
         table = found_and_refused(detector, bench_pictures(part), true, [false_facts(s, "bench", a.index) for a, s in zip(part, seen)])
-        out[category] = {k: v | {"trusted": min(v.values()) >= least and (kinds is None or k in kinds)} for k, v in table.items() if "found" in v}
+        good = {k for k, v in table.items() if min(v.values()) >= least and (kinds is None or k in kinds)}
+        if "object" in table and "object" not in good: good.discard("family")     # who misses dogs does not know animals
+        out[category] = {k: v | {"trusted": k in good} for k, v in table.items() if "found" in v}
     return out
 
 # %% ../nbs/22a_suites.ipynb #22a00051
@@ -669,7 +674,7 @@ def evaluate_suite(
     scorers:Scorers=None,     # None: those of open_scorers
     reference="",             # folder of real pictures, for FID
     batch_size:int=16,        # pictures painted at once
-    **how,                    # guidance_scale, num_inference_steps, device, trust_remote_code
+    **how,                    # guidance_scale, num_inference_steps, device, dtype, trust_remote_code
 ) -> dict:                    # ready for JSON
     "Paint a suite and score it; what is painted already is kept."
     out, model = Path(out), open_model(model, **how)
@@ -683,7 +688,8 @@ def evaluate_suite(
                 ({"text": texts[a.category, a.index]} if texts else {}) for a in part.asks]
         with atomic_write(out/"prompts.jsonl", "w") as f: f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
         painted = paint_suite(model, part, out/"images", texts, n, seed, batch_size)
-        results = evaluate_images(out/"images", suite, n, limit, scorers, reference, seed=seed) | {"asked": asked}
+        results = evaluate_images(out/"images", suite, n, limit, scorers, reference, seed=seed)
+        results |= dict(asked=asked, cut=model.cut([texts.get((a.category, a.index), a.prompt) for a in part.asks]))
         write_json(out/"results.json", results)
         write_json(out/"run.json", provenance() | {"painted": painted})
     finally: unlock_folder(out)
@@ -754,6 +760,7 @@ def remarks(
     "What the table does not say."
     out = [f"pictures: {images}"]
     if results["missing"]: out.append(f"left out for want of pictures: {len(results['missing'])} prompts, such as {_some(results['missing'])}")
+    if results.get("cut"): out.append(f"read by the model only in part, as they are over its token limit: {len(results['cut'])} prompts, such as {results['cut'][0][:60]!r}")
     if results["blank"]: out.append(f"of one colour all over: {results['blank']} pictures; a pipeline's safety checker paints such")
     if apart := {c: [k for k, v in kinds.items() if not v["trusted"]] for c, kinds in results.get("trust", {}).items()}:
         out.append("facts, all: without what the detector cannot be trusted with, which stands apart: " + "; ".join(f"{c}: {', '.join(ks)}" for c, ks in apart.items() if ks))

@@ -372,6 +372,14 @@ def test_stable_diffusion_as_diffusers_draws_it(stable, tmp_path):
     assert ours.std() > 1 and np.abs(ours - np.asarray(alone, float)).max() <= 1
     assert read_json(tmp_path/"results.json")["summary"] == {}     # photographs: nothing scores them unless it is given
     assert read_json(tmp_path/"asked.json")["weights"] == su.hash_folder(stable)
+    assert read_json(tmp_path/"results.json")["cut"] == []
+
+
+def test_what_the_model_cannot_read_is_told(stable, tmp_path):
+    "Stable Diffusion reads 77 tokens, start and end among them, and diffusers drops the rest."
+    fits, over = " ".join(["cat"]*75), " ".join(["cat"]*76)
+    said = su.evaluate_suite(str(stable), su.Suite("prompts", (su.Ask(0, fits), su.Ask(1, over))), tmp_path, num_inference_steps=1, device="cpu")
+    assert said["cut"] == [over] and any("1 prompts, such as 'cat cat" in x for x in su.remarks(said, tmp_path))
 
 
 def test_a_pipeline_of_ours_and_the_painter_draw_the_same(tmp_path):
