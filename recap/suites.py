@@ -105,8 +105,8 @@ def _drawbench(path):
         _expect("DrawBench", path, len(lines), 200)
         in_order = all(lines[i].startswith(first) for i, first in starts)
         both = [re.split(r"(?<=[.!?\w'])\. (?=[^A-Z\d])", x, maxsplit=1) for x in lines]
-        if sum(len(b) == 2 for b in both) < 150: both = [[x] for x in lines]
-        asks = [Ask(i, b[0], names[i] if in_order else "", {"rewritten": b[1].strip()} if len(b) == 2 else {}) for i, b in enumerate(both)]
+        twice = sum(len(b) == 2 for b in both) > 150   # a line of one prompt alone is its own rewritten text
+        asks = [Ask(i, b[0] if twice else x, names[i] if in_order else "", {"rewritten": b[-1].strip()} if twice else {}) for i, (x, b) in enumerate(zip(lines, both))]
     _expect("DrawBench", path, len(asks), 200)
     return asks
 

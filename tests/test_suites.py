@@ -46,10 +46,10 @@ def test_drawbench_with_rewritten_prompts():
     told = lambda a: a.prompt.rstrip(" .")
     differ = [i for i, (a, b) in enumerate(zip(plain.asks, both.asks)) if told(a) != told(b)]
     assert differ == [167], [(plain.asks[i].prompt, both.asks[i].prompt) for i in differ]
-    assert [i for i, a in enumerate(both.asks) if "rewritten" not in a.meta] == [153]     # "some skittles" alone
+    assert [i for i, a in enumerate(both.asks) if a.meta["rewritten"] == a.prompt] == [153] and not plain.asks[0].meta     # "some skittles" alone
     lines = (DALLE3/"drawbench_upsampled.txt").read_text().split("\n")
     for a in both.asks:
-        if "rewritten" in a.meta: assert lines[a.index].startswith(told(a)) and lines[a.index].strip().endswith(a.meta["rewritten"]) and len(a.meta["rewritten"]) > 60
+        assert lines[a.index].startswith(told(a)) and lines[a.index].strip().endswith(a.meta["rewritten"]) and (a.index == 153 or len(a.meta["rewritten"]) > 60)
 
 
 @real
@@ -122,6 +122,26 @@ def test_the_officials_own_pictures():
     with pytest.raises(RecapError, match="1 pictures that no prompt.*a horse on the right of a car_000003.png"): su.find_pictures(home, su.load_suite("t2i-compbench", home/"dataset"/"color_val.txt"))
     said = su.official_scores("t2i-compbench", home/"reward"/"vqa_result.json")
     assert said["overall"]["mean"] == round((.7110 + .9217 + .8554)/3, 4)
+
+
+OFFICIAL = {"drawbench": "dalle3-eval/prompts/drawbench.txt", "partiprompts": "partiprompts/PartiPrompts.tsv", "t2i-compbench": "t2i-compbench/dataset", "geneval": "geneval/prompts/evaluation_metadata.jsonl",
+            "coco": "dalle3-eval/prompts/8k_coco.txt"}
+
+
+@real
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_prompts_painted_and_read_back(tmp_path, name):
+    "Three prompts of each category, two pictures each, through a whole evaluation and again as a stranger's folder."
+    suite = su.load_suite(name, REAL/OFFICIAL[name])
+    said = su.evaluate_suite(painter(), suite, tmp_path/"a", n=2, limit=3, scorers=su.Scorers())
+    assert said["categories"] == {c: 6 for c in suite.categories} and said["missing"] == []
+    (tmp_path/"a"/"prompts.jsonl").unlink()
+    again = su.evaluate_images(tmp_path/"a"/"images", suite, limit=3, scorers=su.Scorers())
+    assert again["rows"] == said["rows"] and again["pictures"] == 6*len(suite.categories)
+    for p in su.find_pictures(tmp_path/"a"/"images", suite, limit=3)[0]: assert su.load_picture(p).getpixel((0, 0)) == colour_of(p.ask.index, p.repeat)
+    if name == "geneval":
+        lines = (REAL/OFFICIAL[name]).read_text().split("\n")
+        for a in suite.head(3).asks: assert json.loads((tmp_path/"a"/"images"/f"{a.index:05d}"/"metadata.jsonl").read_text()) == json.loads(lines[a.index])
 
 
 def test_drawbench_as_a_table(tmp_path):
