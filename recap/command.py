@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'world_app', 'corpus_app', 'STOPPED', 'run_command', 'main', 'parse_given', 'study', 'stage', 'make', 'inspect',
            'validate', 'convert', 'relabel', 'caption', 'tune', 'vote', 'train', 'sample', 'upsample', 'results',
-           'plan', 'judge']
+           'evaluate', 'plan', 'judge']
 
 # %% ../nbs/28_command.ipynb #c9566476
 import json, os, sys
@@ -397,6 +397,58 @@ def results(
     if json_: return print(json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False))
     for claim in found.get("claims", []): print(f"{claim.get('verdict', '?'):15} {claim.get('claim', '')}")
     print(f"report: {path.with_name('report.html')}")
+
+# %% ../nbs/28_command.ipynb #22a0e002
+@app.command()
+def evaluate(
+    model:str=typer.Argument("", help="folder of an arm or of a diffusers pipeline, or its name (owner/model); foundation: the small base"),
+    suite:str=typer.Option("sprite-world", help="sprite-world, drawbench, partiprompts, t2i-compbench, geneval, dpg-bench, coco, or prompts: your own"),
+    prompts:Path=typer.Option(None, help="the suite's official file or folder; not needed for sprite-world"),
+    images:Path=typer.Option(None, help="instead of a model: pictures that are there, in the suite's official layout"),
+    official:Path=typer.Option(None, help="instead of both: results that the suite's official scorer wrote"),
+    out:Path=typer.Option(None, help="folder for pictures and results; a killed run goes on there"),
+    upsample:bool=typer.Option(False, help="paint rewritten prompts; the score is the original's"),
+    upsampler:str=typer.Option("", help="who rewrites: a folder, http://HOST:PORT/v1#MODEL, or given: the file's own; empty: the small one"),
+    n:int=typer.Option(0, "--n", help="pictures a prompt; 0: one, with --images as many as there are"),
+    limit:int=typer.Option(0, help="only the first prompts of each category; 0: all"),
+    clip:str=typer.Option("", help="folder of a CLIP that scores; empty: the small one, for sprite-world alone"),
+    long:str=typer.Option("refuse", help="prompts over the CLIP's limit: refuse, truncate or window"),
+    vqa:str=typer.Option("", help="folder of a model that answers questions, for B-VQA and VQAScore"),
+    detector:str=typer.Option("", help="folder of a fact detector; empty: the small one, for sprite-world alone"),
+    reference:Path=typer.Option(None, help="folder of real pictures, for FID and CMMD"),
+    inception:str=typer.Option("", help="file of Inception's weights, for the FID of the tables; empty: by the CLIP's features"),
+    guidance_scale:float=typer.Option(None, help="empty: the model's own"),
+    num_inference_steps:int=typer.Option(None, help="empty: the model's own"),
+    batch_size:int=typer.Option(16),
+    seed:int=typer.Option(0),
+    skip_missing:bool=typer.Option(False, help="with --images: score the prompts that have all their pictures"),
+    trust_remote_code:bool=typer.Option(False, help="run code that comes with someone else's pipeline"),
+    json_:bool=typer.Option(False, "--json", help="for programs"),
+):
+    "Paint a suite of prompts with a model, or take pictures that are there, and score them."
+    if sum((bool(model), images is not None, official is not None)) != 1: raise RecapError("say what is evaluated: MODEL, or --images DIR, or --official FILE")
+    if model and out is None: raise RecapError("--out is needed: the folder for the pictures")
+    if not model and upsample: raise RecapError("--upsample needs a model that paints: these pictures are there already")
+    from recap import suites
+    if official is not None:
+        found = suites.official_scores(suite, _path(official), seed)
+        if json_: return _json(found)
+        for name, v in (found["categories"] | {"overall": found["overall"]}).items(): print(f"{name:16}{v['mean']:.4f}  [{v['lo']:.4f}, {v['hi']:.4f}]  of {v['n']}")
+        return
+    asked = suites.load_suite(suite, prompts and _path(prompts))
+    scorers, real = suites.open_scorers(asked, clip, vqa, detector, inception, long), reference and _path(reference)
+    if images is not None:
+        home, found = _path(images), suites.evaluate_images(_path(images), asked, n, limit, scorers, real, skip_missing, seed)
+        if out is not None:
+            from recap.core import write_json
+            write_json(_path(out)/"results.json", found)
+    else:
+        home = _path(out)/"images"
+        found = suites.evaluate_suite(model, asked, _path(out), n or 1, limit, seed, upsampler if upsample or upsampler else None, scorers, real, batch_size,
+            guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, trust_remote_code=trust_remote_code)
+    if json_: return _json(found)
+    print(suites.results_table(found))
+    for line in suites.remarks(found, home): print(line)
 
 # %% ../nbs/28_command.ipynb #9d41c0aa
 @app.command()
