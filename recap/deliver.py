@@ -95,8 +95,8 @@ def pick_pictures(
             pool, seen[bad] = pools[bad], seen[bad] + 1
             if len(pool) < n: pool.append((shard, key))
             elif (at := rng.randrange(seen[bad])) < n: pool[at] = shard, key
-    bad = sorted(pools[True][:max(n//3, n - len(pools[False]))])
-    return bad + sorted(pools[False][:n - len(bad)])
+    few = min(len(pools[True]), max(n//3, n - len(pools[False])))
+    return sorted(rng.sample(pools[True], few)) + sorted(rng.sample(pools[False], min(n - few, len(pools[False]))))
 
 def sheet_cards(
     corpus:Corpus,
