@@ -18,7 +18,7 @@ from .core import RecapError, atomic_write, keyed_rng, nearest, time_text
 from .corpus import CAPTION_SCHEMA, Corpus, FolderCorpus, Source, caption_note, one_line, open_corpus, plain_text, read_sidecar
 from .formats import ColumnStatistics, clean_key, convert_corpus, put_file
 from .pictures import BadImage, decode_image, file_facts
-from .relabel import ask, check_styles, find_scribes, in_batches
+from .relabel import ask, check_styles, find_scribes
 from .runs import lock_folder, unlock_folder
 from .servers import picture_url
 
@@ -212,7 +212,7 @@ def _measure(scribe, style, pictures, size): # rows; of each batch a picture's s
     began = time.perf_counter()
     rows += ask(scribe, pictures[:1], style)
     warm = time.perf_counter() - began
-    for batch in in_batches(pictures[1:], size):
+    for batch in (pictures[i:i + size] for i in range(1, len(pictures), size)):
         before = (server.budget.asked, server.budget.told, server.budget.replies) if server else (0, 0, 0)
         began = time.perf_counter()
         new = ask(scribe, batch, style)

@@ -3,7 +3,6 @@ import html
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -184,9 +183,9 @@ def test_money_estimated_and_paid(tmp_path):
     from recap.servers import Loopback, ServerConfig
     from recap.captioners import ServerCaptioner
     src = folder(tmp_path/"in", [None]*120)
-    with Loopback(lambda body, n: "word "*(4 + n*7 % 11)) as server:
+    with Loopback(lambda body, n: " ".join(f"word{i}" for i in range(4 + n*7 % 11))) as server:
         where = lambda cache: ServerConfig(server.url, "toy", cache=str(tmp_path/cache), price_in=3., price_out=15., tokens_per_minute=10**6)
-        told, inside = estimate(src, where("kept"), ["dsc"], out=tmp_path/"out", sample=41), 0
+        told = estimate(src, where("kept"), ["dsc"], out=tmp_path/"out", sample=41)
         assert not (tmp_path/"out").exists() and len(server.requests) == 41
         maker = ServerCaptioner(where("kept"))
         relabel(src, maker, ["dsc"], tmp_path/"out")
@@ -356,29 +355,31 @@ def test_38_no_key_under_the_command(root, tmp_path):
     one_line(recap(root, "relabel", src, "--out", tmp_path/"x", "--captioner", f"http://me:{KEY}@127.0.0.1:1/v1#toy"), "a password in the address")
 
 
-def test_33_to_35_under_the_command(root, tmp_path):
+def test_33_to_35_under_the_command(tmp_path, capsys):
     "Stops with a line and goes on from there; a web page never becomes a caption."
     pytest.importorskip("openai")
+    from recap.command import run_command
     from recap.servers import Loopback
     src, state = folder(tmp_path/"in", [None]*6), dict(bad=None)
     with Loopback(lambda body, n: state["bad"] if state["bad"] and n % 3 == 2 else f"caption number {n}") as server:
-        def run(out, cache, **more): return recap(root, "relabel", src, "--out", tmp_path/out, "--captioner", f"{server.url}?retries=0&cache={tmp_path}/{cache}&concurrency=1&{'&'.join(f'{k}={v}' for k, v in more.items())}#toy")
+        def run(out, cache):
+            code = run_command(["relabel", str(src), "--out", str(tmp_path/out), "--captioner", f"{server.url}?retries=0&cache={tmp_path}/{cache}&concurrency=1#toy"])
+            return code or 0, *capsys.readouterr()
         state["bad"] = 429, {"Retry-After": "300"}, b'{"error": {"message": "later"}}'
-        stopped = run("o33", "k33")
-        assert stopped.returncode == 1 and stopped.stderr.count("\n") == 1 and "asks to wait 300 s" in stopped.stderr
+        code, _, said = run("o33", "k33")
+        assert code == 1 and said.count("\n") == 1 and "asks to wait 300 s" in said
         assert not [*(tmp_path/"o33").rglob("*.parquet")]
         asked, state["bad"] = len(server.requests), None
-        assert run("o33", "k33").returncode == 0 and len(server.requests) - asked == 4                 # two were answered before
+        assert run("o33", "k33")[0] == 0 and len(server.requests) - asked == 4                 # two were answered before
         for name, bad in (("o34", (500, {}, b"oh")), ("o35", (200, {"Content-Type": "text/html"}, b"<html>Welcome"))):
             state["bad"] = bad
             server.requests.clear()
-            done = run(name, name + "k")
-            assert done.returncode == 0 and "no answer from the captioner: 2" in done.stdout, done.stdout + done.stderr
+            code, said, _ = run(name, name + "k")
+            assert code == 0 and "no answer from the captioner: 2" in said, said
             texts = open_corpus(src, tmp_path/name/"captions").captions("dsc")
             assert sum(not t for t in texts.values()) == 2 and not any("html" in t for t in texts.values())
             state["bad"] = None
-            again = run(name, name + "k")
-            assert len(server.requests) == 8 and all(open_corpus(src, tmp_path/name/"captions").captions("dsc").values()), again.stdout
+            assert run(name, name + "k")[0] == 0 and len(server.requests) == 8 and all(open_corpus(src, tmp_path/name/"captions").captions("dsc").values())
 
 
 # --- a real server

@@ -328,6 +328,38 @@ def test_killed_and_started_again_pays_for_nothing_twice(tmp_path):
     assert len(server.requests) <= 60 + 3                           # but those that were on their way
 
 
+RELABEL = '''
+import sys
+from recap.relabel import relabel
+from recap.servers import ServerConfig
+relabel(sys.argv[1], ServerConfig(sys.argv[2], "toy", cache=sys.argv[3], concurrency=3), ["dsc"], sys.argv[4], batch_size=4)
+'''
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_22_relabelling_killed_at_random_moments_pays_once(kills, tmp_path):
+    "However often it is killed, nothing that was saved is asked for again: only what was on its way at a kill."
+    import random
+    from recap.corpus import open_corpus
+    rng, n = random.Random(kills), 10*kills + 20
+    (tmp_path/"in").mkdir()
+    for i in range(n): Image.new("RGB", (16, 16), (i, 2*i % 256, 7)).save(tmp_path/"in"/f"{i:03d}.png")
+    def colour(body, number=0): return "colour %d %d %d" % as_picture(base64.b64decode(body["messages"][0]["content"][0]["image_url"]["url"].split(",")[1])).getpixel((0, 0))
+    def answer(body, number): time.sleep(.03); return colour(body)
+    env = os.environ | {"PYTHONPATH": str(project_root()), "OMP_NUM_THREADS": "1"}
+    with Loopback(answer) as server:
+        args = [sys.executable, "-c", RELABEL, tmp_path/"in", server.url, tmp_path/"kept", tmp_path/"out"]
+        killed = 0
+        for _ in range(kills):
+            child, before, deadline = subprocess.Popen(args, env=env), len(server.requests), time.time() + 120
+            while len(server.requests) == before and child.poll() is None and time.time() < deadline: time.sleep(.005)
+            time.sleep(rng.random()*.3)
+            child.send_signal(signal.SIGKILL); killed += child.wait() == -signal.SIGKILL
+        subprocess.run(args, env=env, check=True)
+        assert killed and len(server.requests) <= n + 3*killed
+    texts = open_corpus(tmp_path/"in", tmp_path/"out"/"captions").captions("dsc")
+    assert list(texts.values()) == [f"colour {i} {2*i % 256} 7" for i in range(n)]
+
+
 def test_what_a_reply_depends_on(tmp_path):
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     with Loopback(lambda body, n: f"reply {n}") as server:
