@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from threading import Lock
 from typing import Callable, Iterator
@@ -254,11 +254,16 @@ def prepare_column(
     if was != scribe.identity or not old: corpus.manifest(style, scribe.record(style) | {"style": style, "complete": False})
 
 # %% ../nbs/12_relabel.ipynb #affc87f4
+def _maker_versions() -> dict: # package -> version
+    "What besides the weights may decide how a caption reads."
+    names = {"recap", "torch", "open_clip_torch", "transformers", "openai", "pillow"} & {d.name.lower().replace("-", "_") for d in metadata.distributions() if d.name}
+    return {n: metadata.version(n) for n in sorted(names)}
+
 def finish_column(
     corpus:Corpus,  # whose column
     style:str,      # its name
     scribe:Scribe,  # who wrote it
-) -> dict:          # the manifest
+) -> dict:          # the manifest, but for the versions: they are no result
     "Count a column and write its manifest."
     reasons, flags, texts, images, tokens = Counter(), Counter(), [np.zeros(0, int)], 0, 0
     for shard in corpus.shards:
@@ -272,8 +277,10 @@ def finish_column(
     for leftover in corpus.captions_dir.glob(f"{style}/.*.tmp"): leftover.unlink()   # of a worker that was killed
     texts = np.concatenate(texts)
     n = np.unique(texts, return_counts=True)[1]
-    return corpus.manifest(style, scribe.record(style) | {"style": style, "complete": not reasons[NOT_ANSWERED], "shards": len(corpus.shards), "images": images, "empty": images - len(texts),
+    told = (scribe.record(style) | {"style": style, "complete": not reasons[NOT_ANSWERED], "shards": len(corpus.shards), "images": images, "empty": images - len(texts),
                                    "tokens": tokens, "repeated": int(n[n > 1].sum()), "flags": dict(flags), "failures": dict(+reasons)})
+    corpus.manifest(style, told | {"versions": _maker_versions()})
+    return told
 
 # %% ../nbs/12_relabel.ipynb #98629824
 def check_styles(

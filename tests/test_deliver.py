@@ -92,6 +92,16 @@ def test_a_column_that_another_tool_wrote(tmp_path):
     assert export_captions(corpus, "dsc", "kohya", tmp_path/"k")["pictures"] == 2 and sidecars(tmp_path/"k") == {"000": b"new a", "001": b"b"}
 
 
+def test_what_a_manifest_remembers(tmp_path):
+    import importlib.metadata
+    src = folder(tmp_path/"in", ["a", "b"]); (src/"002.jpg").write_text("<html>")
+    told = relabel(src, Says(["x", ""]), ["dsc"], tmp_path/"out")["dsc"]
+    kept = open_corpus(src, tmp_path/"out"/"captions").manifest("dsc")
+    versions = kept.pop("versions")
+    assert kept == told and (kept["captioner"], kept["images"], kept["empty"], kept["failures"], kept["complete"]) == ({"name": "says", "hash": "1"}, 2, 1, {"HTML page": 1}, True)
+    assert {"recap", "torch", "transformers", "open_clip_torch"} <= set(versions) and versions["torch"] == importlib.metadata.version("torch")
+
+
 # --- the sheet
 
 class Page(HTMLParser):
