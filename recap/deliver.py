@@ -124,7 +124,7 @@ def sheet_cards(
 _LOOK = """
 .sheet { font: 15px/1.45 system-ui, "Segoe UI", "Noto Sans", "Noto Sans CJK JP", "Hiragino Sans", "Yu Gothic", "DejaVu Sans", sans-serif; color: #1d2330; background: #eceef2; padding: 24px; }
 .sheet h1 { font-size: 22px; margin: 0 0 4px; } .sheet .note { color: #5d6575; margin: 0 0 16px; } .sheet .look { color: #9a3412; margin: 2px 0; }
-.sheet table { border-collapse: collapse; margin: 0 0 14px; font-variant-numeric: tabular-nums; } .sheet th { font-weight: 500; color: #5d6575; } .sheet td, .sheet th { padding: 2px 18px 2px 0; text-align: right; } .sheet td:first-child { text-align: left; font-weight: 600; }
+.sheet table { display: block; overflow-x: auto; border-collapse: collapse; margin: 0 0 14px; font-variant-numeric: tabular-nums; } .sheet th { font-weight: 500; color: #5d6575; } .sheet td, .sheet th { padding: 2px 18px 2px 0; text-align: right; } .sheet td:first-child { text-align: left; font-weight: 600; }
 .sheet .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 16px; margin-top: 18px; }
 .sheet .card { background: #fff; border-radius: 10px; overflow: hidden; box-shadow: 0 1px 3px #0002; display: flex; flex-direction: column; } .sheet .card.bad { box-shadow: 0 0 0 2px #d9480f; }
 .sheet .frame { background: #dfe2e8; height: 230px; display: flex; align-items: center; justify-content: center; color: #5d6575; } .sheet .frame img { width: 100%; height: 100%; object-fit: contain; } .sheet .frame img.small { image-rendering: pixelated; }
