@@ -213,7 +213,7 @@ def relabel(
     if dry_run:
         found = estimate(path, captioner, names, out, sample, batch_size, engine=engine, workers=workers, seed=seed)
         return _json(found) if json_ else print(estimate_text(found))
-    check_delivery(export, policy, out, export_out, sheet)
+    check_delivery(export, policy, out, export_out, sheet, path)
     done = relabel_path(path, names, out, captioner, batch_size, overwrite, engine=engine, workers=workers, address=address, retry_failed=retry_failed)
     given = deliver(path, names, out, sheet, export, policy, export_out)
     _json(done | given) if json_ else print(summary(done), delivery_text(given), sep="\n")

@@ -400,6 +400,10 @@ def check_exports(
     return list(dict.fromkeys(names))
 
 # %% ../nbs/12b_deliver.ipynb #12be0026
+def _apart(root, out:Path, to:str):
+    "Refuse a folder inside that of the pictures."
+    if root and to != "parquet" and Path(root).resolve() in out.resolve().parents: raise RecapError(f"{out} lies in the folder of the pictures, where copies would count as pictures next time: choose another" + (f", or {root} itself for text files beside the pictures" if to == "kohya" else ""))
+
 def export_captions(
     corpus,                  # a Corpus with its columns, or what open_corpus takes
     styles,                  # columns; where one text is wanted, the last of them
@@ -418,8 +422,7 @@ def export_captions(
         return write_table(corpus, styles, path) | {"out": str(path)}
     if to == "open_clip": return convert_corpus(corpus, to, out, ",".join(["alt", *styles]))
     if to == "imagefolder": return convert_corpus(_with_text(corpus, styles[-1], policy), to, out, ",".join(["text", *styles, "original"]))
-    root = getattr(corpus, "root", None)
-    if root and root.resolve() in out.resolve().parents: raise RecapError(f"{out} lies in the folder of the pictures, where its copies would count as pictures next time: choose another folder, or {root} itself for text files beside the pictures")
+    _apart(getattr(corpus, "root", None), out, to)
     out.mkdir(parents=True, exist_ok=True)
     lock_folder(out, what="export")
     try: return write_kohya(corpus, styles[-1], out, policy) | {"out": str(out)}
@@ -432,11 +435,13 @@ def check_delivery(
     out=None,           # folder of the results
     export_out=None,    # another folder, if there is one export
     sheet=None,         # the sheet's file
+    path=None,          # of the pictures
 ) -> list[str]:         # the exports
     "Refuse what cannot be handed over, before hours of captioning."
     names = check_exports(exports, policy)
     if export_out and len(names) != 1: raise RecapError(f"{export_out} can take one export, and {len(names)} are asked for: --export names it")
     if names and not (out or export_out): raise RecapError("say where the export goes, with --out or --export-out")
+    for to in names: _apart(path, Path(export_out or Path(out)/to), to)
     if sheet and Path(sheet).suffix.lower() not in (".html", ".htm"): raise RecapError(f"{sheet}: the sheet is a page for the browser, so its name must end in .html")
     return names
 

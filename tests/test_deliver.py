@@ -342,7 +342,7 @@ def test_the_command_with_a_server(root, tmp_path):
         before = len(server.requests)
         broke = recap(root, "relabel", src, "--style", "own", "--out", tmp_path/"out2", "--captioner", where)
         one_line(broke, "data/prompts/captions/own.txt")
-        for wrong in (["--export", "kohia"], ["--policy", "replace", "--export", "kohya"], ["--sheet", tmp_path/"x.png"], ["--export", "kohya,parquet", "--export-out", tmp_path/"x"], ["--engine", "spark"]):
+        for wrong in (["--export", "kohia"], ["--policy", "replace", "--export", "kohya"], ["--sheet", tmp_path/"x.png"], ["--export", "kohya,parquet", "--export-out", tmp_path/"x"], ["--engine", "spark"], ["--export", "kohya", "--export-out", src/"inside"]):
             bad = recap(root, "relabel", src, "--out", tmp_path/"out3", "--captioner", where, *wrong)
             assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and not (tmp_path/"out3").exists(), (wrong, bad.stderr)
         assert len(server.requests) == before
