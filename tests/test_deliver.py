@@ -19,7 +19,7 @@ from conftest import ROOT, borrow, one_line, recap
 
 from recap.core import RecapError
 from recap.corpus import open_corpus
-from recap.deliver import (EXPORTS, POLICIES, column_quality, deliver, estimate, estimate_text, export_captions, mean_interval, merge_texts, pick_pictures,
+from recap.deliver import (EXPORTS, deliver, estimate, estimate_text, export_captions, mean_interval, merge_texts, pick_pictures,
                            quality, remarks, write_sheet)
 from recap.relabel import relabel
 from test_faults import HOSTILE
@@ -66,7 +66,7 @@ def test_what_could_not_be_read_has_a_reason(tmp_path):
     src = folder(tmp_path/"in", ["a", "b", "c"])
     (src/"003.jpg").write_text("<html>"); (src/"004.png").write_bytes((src/"000.png").read_bytes()[:60])
     relabel(src, Says(["some text here"]), ["dsc"], tmp_path/"out")
-    q = column_quality(open_corpus(src, tmp_path/"out"/"captions"), "dsc")
+    q = quality(open_corpus(src, tmp_path/"out"/"captions"), ["dsc"])["dsc"]
     assert q["n"] == 3 and sum(q["failures"].values()) == 2 and q["failures"]["HTML page"] == 1
 
 
