@@ -25,7 +25,7 @@ from benchmarks import say, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 STYLES, SEED, SHARD = ("ssc", "dsc"), 0, 1000
-SIZES = dict(pictures=10_000, round=1000, shard=500, jpegs=1500, rounds=5, small=1000, large=50_000, ray=1000)
+SIZES = dict(pictures=10_000, round=1000, shard=500, jpegs=1000, rounds=5, small=1000, large=50_000, ray=1000)
 QUICK = dict(pictures=16, round=8, shard=4, jpegs=12, rounds=1, small=20, large=60, ray=0)
 
 
@@ -50,12 +50,11 @@ def measure_pass(sizes, home):
     from recap.relabel import relabel
     makers = {}
     captioners = {s: makers.setdefault(default_captioner(s), CocaCaptioner(default_captioner(s), "cpu")) for s in STYLES}
-    rounds, seen = [], 0
+    eye, rounds, seen = captioners[STYLES[0]], [], 0     # all see 64 pixels
     for i in range(max(2, sizes["pictures"]//sizes["round"])):
-        make_world(CorpusConfig(n=sizes["round"], shard_size=sizes["shard"], seed=SEED + i, split="pairs", world="easy"), home/f"world{i}")
+        make_world(CorpusConfig(n=sizes["round"], shard_size=sizes["shard"], seed=SEED + i, split="pairs", world="easy", workers=os.cpu_count()), home/f"world{i}")
         corpus = open_corpus(home/f"world{i}", home/f"out{i}")
-        batches = [torch.stack(pixels[j:j + 64]) for shard in corpus.shards for pixels in [[c.model.loaded.pixels([s.image])[0] for c in [captioners["ssc"]] for s in corpus.read_shard(shard, c.view[0], fit=c.view[1])]]
-                   for j in range(0, len(pixels), 64)]
+        batches = [b for shard in corpus.shards for b in eye.model.loaded.pixels([s.image for s in corpus.read_shard(shard, eye.view[0], fit=eye.view[1])]).split(64)]
         def alone(): return {s: [r for b in batches for r in c.model.caption_rows(b, s if s in c.styles else None, 64)] for s, c in captioners.items()}
         def whole(): return relabel(corpus, captioners, STYLES)
         if not i:     # what is done once: weights, hashes, the first call of everything
@@ -112,8 +111,10 @@ def measure_reading(sizes, home):
                 if seen != n: raise RuntimeError(f"{name} read {seen} of {n} pictures")
                 speed.setdefault(workers, {}).setdefault(name, []).append(n/wall)
         print(f"reading, round {i + 1}: " + "; ".join(f"{w}: " + ", ".join(f"{k} {v[-1]:.0f}" for k, v in s.items()) for w, s in speed.items()), flush=True)
-    def against(s): best = max(list(s)[1:], key=lambda k: statistics.median(s[k])) if list(s)[0] == "recap" else max((k for k in s if k != "recap"), key=lambda k: statistics.median(s[k])); return best, spread([a/b for a, b in zip(s["recap"], s[best])])
-    return dict(pictures=n, side=512, workers={w: dict(per_second={k: spread(v) for k, v in s.items()}, peer=against(s)[0], ratio=against(s)[1]) for w, s in speed.items()})
+    def against(s):
+        peer = max((k for k in s if k != "recap"), key=lambda k: statistics.median(s[k]))
+        return dict(per_second={k: spread(v) for k, v in s.items()}, peer=peer, ratio=spread([a/b for a, b in zip(s["recap"], s[peer])]))
+    return dict(pictures=n, side=512, workers={str(w): against(s) for w, s in speed.items()})
 
 
 SMALL = '''
@@ -169,7 +170,7 @@ def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--quick", action="store_true", help="a few pictures, to see that all works")
     args.add_argument("--out", help="where the numbers go, as JSON")
-    args.add_argument("--pictures", type=int, help="of the pass")
+    args.add_argument("--pictures", type=int, help="of the pass; fewer than 10,000 make the other parts smaller too")
     args.add_argument("--parts", default="pass,reading,memory,ray")
     args = args.parse_args()
     import torch
@@ -177,7 +178,10 @@ def main():
     from recap.runs import provenance
     torch.set_num_threads(1)
     sizes, began, found = dict(QUICK if args.quick else SIZES), time.time(), {}
-    if args.pictures: sizes["pictures"] = args.pictures; sizes["round"] = min(sizes["round"], args.pictures//2); sizes["shard"] = sizes["round"]//2
+    if args.pictures: # as many for the pass, and less of the rest in proportion
+        less = args.pictures/sizes["pictures"]
+        sizes |= dict(pictures=args.pictures, round=min(sizes["round"], args.pictures//2), jpegs=max(96, int(less*sizes["jpegs"])), rounds=3, ray=max(200, int(less*sizes["ray"])))
+        sizes["shard"] = sizes["round"]//2
     jobs = dict(memory=measure_memory, reading=measure_reading, ray=measure_ray)
     jobs["pass"] = measure_pass
     with tempfile.TemporaryDirectory() as home:
@@ -186,7 +190,7 @@ def main():
             if args.out: write_json(args.out, dict(seed=SEED, clock="wall", **found, provenance=provenance(), seconds=round(time.time() - began, 1), complete=len(found) == 4 and not args.quick and not args.pictures))
     whole = found.get("pass")
     say("relabel", *([whole["per_second"][k]["median"] for k in ("whole", "alone")] if whole else (None, None)), unit="pictures a second", styles=len(STYLES),
-        reading=found.get("reading") and found["reading"]["workers"][2]["ratio"]["median"], memory_growth=found.get("memory") and found["memory"]["growth"])
+        reading=found.get("reading") and found["reading"]["workers"]["2"]["ratio"]["median"], memory_growth=found.get("memory") and found["memory"]["growth"])
 
 
 if __name__ == "__main__": main()

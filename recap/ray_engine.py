@@ -102,11 +102,9 @@ def ray_engine(
         rows = [dict(shard=shard, wants=json.dumps({s: None if keys is None else sorted(keys) for s, keys in wants.items()})) for shard, wants in wanted.items()]
         n = min(workers, len(rows))
         with ray_session(n, address) as ray:
-            from ray.data import ActorPoolStrategy, DataContext
-            context = DataContext.get_current()
-            context.enable_progress_bars = False
+            ray.data.DataContext.get_current().enable_progress_bars = False
             gpus = share_of_gpus(ray, n) if any(s.folder for s in scribes.values()) else 0
-            done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(ShardWorker, fn_constructor_args=makes, compute=ActorPoolStrategy(size=n), num_cpus=1, num_gpus=gpus)
+            done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(ShardWorker, fn_constructor_args=makes, compute=ray.data.ActorPoolStrategy(size=n), num_cpus=1, num_gpus=gpus)
             for told in done.iter_rows():
                 if told["error"]: raise RecapError(told["error"])
                 warnings, faults = json.loads(told["notes"])
