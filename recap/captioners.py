@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_CAPTION', 'caption_prompts', 'judge_rows', 'flag_rates', 'CaptionMaker', 'default_captioner', 'CocaCaptioner',
-           'StepScores', 'TransformersCaptioner', 'ServerCaptioner', 'captioner_folder', 'open_captioner']
+           'Staged', 'StepScores', 'TransformersCaptioner', 'GoodReplies', 'ServerCaptioner', 'captioner_folder',
+           'open_captioner']
 
 # %% ../nbs/09a_captioners.ipynb #09a00003
 import hashlib, json
@@ -91,7 +92,7 @@ def default_captioner(
 
 class CocaCaptioner(CaptionMaker):
     "A CoCa of this project or of open_clip."
-    keep = ("cut", "loop")
+    keep, copies = ("cut", "loop"), None
     def __init__(self,
         folder,         # with open_clip_config.json
         device="auto",
@@ -113,8 +114,40 @@ class CocaCaptioner(CaptionMaker):
         return Captioner.from_pretrained(self.folder, device=self.device, dtype=self.dtype)
 
     def write(self, images, style, max_len):
-        pictures = images if hasattr(images, "shape") else [*map(as_picture, images)]
+        pictures = images.ready() if hasattr(images, "ready") else images if hasattr(images, "shape") else [*map(as_picture, images)]
         return self.model.caption_rows(pictures, style, len(images), max_len)
+
+# %% ../nbs/09a_captioners.ipynb #09a00032
+class Staged:
+    "Pictures of a batch, and their pixels on the way to a GPU."
+    def __init__(self,
+        pictures,     # as they were given
+        pixels,       # uint8 (n, 3, size, size), on the device or soon there
+        copied=None,  # a CUDA event: they are there
+    ): self.pictures, self.pixels, self.copied = pictures, pixels, copied
+
+    def __len__(self): return len(self.pictures)
+    def __getitem__(self, i): return Staged(self.pictures[i], self.pixels[i], self.copied) if isinstance(i, slice) else self.pictures[i]
+
+    def ready(self): # the pixels; the current stream waits for the copy, this process does not
+        if self.copied:
+            import torch
+            self.copied.wait(); self.pixels.record_stream(torch.cuda.current_stream(self.pixels.device))
+        return self.pixels
+
+# %% ../nbs/09a_captioners.ipynb #09a00033
+@patch(as_prop=True)
+def stages(self:CocaCaptioner) -> bool: return pick_device(self.device).type == "cuda"   # is there anything to copy?
+
+@patch
+def stage(self:CocaCaptioner, images:list) -> Staged:
+    "Pixels as the model takes them, copied while the device works."
+    import torch
+    device, pixels = self.model.device, self.model.loaded.pixels([*map(as_picture, images)])
+    if device.type != "cuda": return Staged(images, pixels)
+    self.copies = self.copies or torch.cuda.Stream(device)
+    with torch.cuda.stream(self.copies): pixels = pixels.pin_memory().to(device, non_blocking=True)
+    return Staged(images, pixels, self.copies.record_event())
 
 # %% ../nbs/09a_captioners.ipynb #09a00017
 class StepScores:
@@ -211,6 +244,13 @@ def write(self:TransformersCaptioner, images, style, max_len) -> list[dict]:
     if rows and all(r["flags"] == "failed" for r in rows): raise RecapError(f"{self.folder} captions no picture: {rows[0]['why']}")
     return rows
 
+# %% ../nbs/09a_captioners.ipynb #09a00035
+class GoodReplies:
+    "A store of replies that knows only those which are captions: the others are asked for again."
+    def __init__(self, store): self.store = store
+    def __getattr__(self, name): return getattr(self.store, name)
+    def get(self, key): return reply if (reply := self.store.get(key)) and not reply.flags else None
+
 # %% ../nbs/09a_captioners.ipynb #09a00023
 class ServerCaptioner(CaptionMaker):
     "A vision-language model behind an OpenAI-compatible server."
@@ -230,10 +270,18 @@ class ServerCaptioner(CaptionMaker):
 
     def manifest(self, style=""): return {"maker": "server", "url": self.server.cfg.url, "settings": self.server.cfg.asked, "prompt": self.prompts.get(style or "dsc", "")}
 
-    def write(self, images, style, max_len):
-        if (style or "dsc") not in self.prompts: raise RecapError(f"no instruction for style {style!r}: there is {', '.join(self.prompts)}; write data/prompts/captions/{style}.txt")
-        replies = self.server.ask_many(([message(self.prompts[style or "dsc"], [im])] for im in images), max_len)
-        return [dict(caption=r.text, tokens=r.tokens, logprob=r.logprob, flags=",".join(r.flags)) | ({"why": r.why} if r.why else {}) for r in replies]
+    def prompt(self, style):
+        if (style or "dsc") in self.prompts: return self.prompts[style or "dsc"]
+        raise RecapError(f"no instruction for style {style!r}: there is {', '.join(self.prompts)}; write data/prompts/captions/{style}.txt")
+
+    def stream(self, asked, max_len=None): # pairs of picture and style, read as they are needed -> a row each, in order
+        replies = self.server.ask_many(([message(self.prompt(style), [im])] for im, style in asked), max_len)
+        for r in replies: yield dict(caption=r.text, tokens=r.tokens, logprob=r.logprob, flags=",".join(r.flags)) | ({"why": r.why} if r.why else {})
+
+    def write(self, images, style, max_len): return list(self.stream(((im, style) for im in images), max_len))
+
+    def ask_again(self): # from now on, what was kept counts only where it is a caption
+        if self.server.store: self.server.store = GoodReplies(self.server.store)
 
 # %% ../nbs/09a_captioners.ipynb #09a00028
 def captioner_folder(

@@ -167,32 +167,57 @@ def validate(
 @corpus_app.command()
 def convert(
     path:Path=typer.Argument(help="shards, an imagefolder, a folder of images, or one image"),
-    to:str=typer.Option(..., help="webdataset, imagefolder, sidecar or open_clip"),
+    to:str=typer.Option(..., help="webdataset, imagefolder, sidecar or open_clip; kohya and parquet take the captions of a relabelling"),
     out:Path=typer.Option(..., help="a new folder, or one where the same conversion was stopped"),
     style:str=typer.Option("", help="columns of captions, such as dsc or alt,dsc; empty: all, for sidecars the original text"),
     shard_size:int=typer.Option(1000, help="pictures a shard"),
+    relabelled:Path=typer.Option(None, help="the --out of `recap relabel`, if the captions are not beside the pictures"),
+    policy:str=typer.Option("overwrite", help="for kohya, of a text that is there already: overwrite, append, prepend or skip"),
     json_:bool=typer.Option(False, "--json", help="for programs"),
 ):
     "Write a corpus in another convention; pictures are copied to the byte."
+    from recap.corpus import open_corpus
     from recap.formats import convert_corpus
-    found = convert_corpus(_path(path), to, _path(out), style, shard_size)
+    corpus = open_corpus(_path(path), relabelled and _path(relabelled)/"captions")
+    if to in ("kohya", "parquet"):
+        from recap.deliver import export_captions
+        found = export_captions(corpus, style or corpus.styles()[1:], to, _path(out), policy)
+    else: found = convert_corpus(corpus, to, _path(out), style, shard_size)
     (_json if json_ else _tell)(found)
 
 # %% ../nbs/28_command.ipynb #1cab3116
 @app.command()
 def relabel(
     path:Path=typer.Argument(help="a folder of images, an imagefolder, img2dataset shards, or one image"),
-    style:str=typer.Option("dsc", help="ssc, dsc or both: ssc,dsc"),
+    styles:list[str]=typer.Option(["dsc"], "--styles", "--style", help="ssc, dsc or both: ssc,dsc"),
     out:Path=typer.Option(None, help="folder for the captions; needed unless PATH is a corpus of this project"),
     captioner:str=typer.Option("", help="folder of a CoCa or of a transformers model, or http://HOST:PORT/v1#MODEL; empty: the small one tuned for the style"),
-    batch_size:int=typer.Option(64),
+    engine:str=typer.Option("local", help="local: this process; ray: many GPUs or machines"),
+    workers:int=typer.Option(1, help="captioners of the engine ray"),
+    address:str=typer.Option("", help="of a Ray cluster; empty: one is started here"),
+    batch_size:int=typer.Option(64, "--batch-size", "--batch", help="pictures a call"),
     overwrite:bool=typer.Option(False, help="replace captions that another captioner wrote"),
+    retry_failed:bool=typer.Option(False, "--retry-failed", help="ask again for what was refused, cut off or empty"),
+    dry_run:bool=typer.Option(False, "--dry-run", help="try a few pictures and tell time, tokens, money and size for all; nothing is written"),
+    sample:int=typer.Option(65, help="pictures that a dry run tries"),
+    seed:int=typer.Option(0, help="another one, another sample"),
+    export:str=typer.Option("", help="kohya, imagefolder, open_clip, parquet, or several: also write the captions in these forms, each into OUT/NAME"),
+    policy:str=typer.Option("overwrite", help="of a text that is there already: overwrite, append, prepend or skip"),
+    export_out:Path=typer.Option(None, "--export-out", help="another folder for the export; kohya's text files may go beside the pictures"),
+    sheet:Path=typer.Option(None, help="where the sheet of pictures and captions goes (HTML); empty: OUT/sheet.html"),
     json_:bool=typer.Option(False, "--json", help="for programs"),
 ):
     "Write captions for every picture; pictures are never changed."
-    from recap.relabel import relabel_path, summary
-    done = relabel_path(path.expanduser().absolute(), style, out and out.expanduser().absolute(), captioner, batch_size, overwrite)
-    print(json.dumps(done, indent=1, ensure_ascii=False, default=str) if json_ else summary(done))
+    from recap.deliver import check_delivery, deliver, delivery_text, estimate, estimate_text
+    from recap.relabel import check_styles, relabel_path, summary
+    names, path, out, sheet, export_out = check_styles(",".join(styles)), _path(path), out and _path(out), sheet and _path(sheet), export_out and _path(export_out)
+    if dry_run:
+        found = estimate(path, captioner, names, out, sample, batch_size, engine=engine, workers=workers, seed=seed)
+        return _json(found) if json_ else print(estimate_text(found))
+    check_delivery(export, policy, out, export_out, sheet, path)
+    done = relabel_path(path, names, out, captioner, batch_size, overwrite, engine=engine, workers=workers, address=address, retry_failed=retry_failed)
+    given = deliver(path, names, out, sheet, export, policy, export_out)
+    _json(done | given) if json_ else print(summary(done), delivery_text(given), sep="\n")
 
 # %% ../nbs/28_command.ipynb #812d3619
 @app.command()

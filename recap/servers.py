@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Loopback', 'as_picture', 'picture_url', 'message', 'ServerConfig', 'tidy_text', 'text_flags', 'Reply', 'Stopped',
-           'Fault', 'Gate', 'ReplyStore', 'Server']
+           'Fault', 'Gate', 'guess_tokens', 'Budget', 'ReplyStore', 'Server']
 
 # %% ../nbs/06_servers.ipynb #06a00003
 import base64, email.utils, hashlib, io, json, math, os, re, sqlite3, sys, threading, time
@@ -124,6 +124,7 @@ class ServerConfig(Config):
     extra: str = ""                    # more of the request as JSON, such as {"top_p": 0.9}
     concurrency: int = 8               # requests under way at once
     per_minute: int = 0                # requests started a minute; 0: no limit
+    tokens_per_minute: int = 0         # of requests and replies; 0: no limit
     retries: int = 5                   # of one request
     backoff: float = .5                # seconds before the first retry, twice as many before each other one
     timeout: float = 120.              # seconds without a sign of life
@@ -131,6 +132,9 @@ class ServerConfig(Config):
     give_up: int = 8                   # requests that fail one after the other before all stops
     max_calls: int = 0                 # requests a run, retries included; 0: no limit
     max_total_tokens: int = 0          # tokens a run, of requests and replies; 0: no limit
+    price_in: float = 0.               # money for a million tokens of requests
+    price_out: float = 0.              # and of replies
+    max_money: float = 0.              # a run, in the prices' currency; 0: no limit
     cache: str = "runs/servers"        # folder of the replies that were paid for; "": none is kept
     key_env: str = ""                  # environment variable with the key; "": OPENAI_API_KEY for api.openai.com, else RECAP_API_KEY
 
@@ -140,6 +144,9 @@ class ServerConfig(Config):
         if at.username or at.password: raise RecapError(f"a password in the address of {at.hostname} would be written into results: put it into the environment variable RECAP_API_KEY")
         for name in ("concurrency", "max_tokens", "longest_side", "give_up"):
             if getattr(self, name) < 1: raise RecapError(f"{name}={getattr(self, name)} must be 1 or more")
+        for name in ("per_minute", "tokens_per_minute", "max_calls", "max_total_tokens", "price_in", "price_out", "max_money"):
+            if not 0 <= getattr(self, name) < math.inf: raise RecapError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.max_money and not self.price_in + self.price_out: raise RecapError(f"max_money={self.max_money:g} needs prices: price_in and price_out, for a million tokens of requests and of replies")
         try: extra = json.loads(self.extra or "{}")
         except ValueError: extra = None
         if not isinstance(extra, dict): raise RecapError(f"extra={self.extra!r} is no JSON object")
@@ -244,13 +251,14 @@ class Fault:
     kind: str                   # "again", "row", "filtered" or "stop"
     why: str
     wait: float | None = None   # seconds that the server asks for
+    paid: bool = False          # it was sent, and may cost something all the same
 
     @classmethod
     def read(cls,
         e:Exception,  # of the openai package
     ):
         "What to do about an error."
-        if not hasattr(e, "status_code"): return cls("again", {"APITimeoutError": "no answer in time", "APIConnectionError": f"no connection ({e.__cause__ or e})"}.get(type(e).__name__, f"{type(e).__name__}: {e}"))
+        if not hasattr(e, "status_code"): return cls("again", paid=not type(e.__cause__).__name__.startswith("Connect"), why={"APITimeoutError": "no answer in time", "APIConnectionError": f"no connection ({e.__cause__ or e})"}.get(type(e).__name__, f"{type(e).__name__}: {e}"))
         body = e.body if isinstance(e.body, dict) else {}
         status, codes, said = e.status_code, {str(body.get(k)) for k in ("code", "type")}, f"{body.get('message') or e.message} ({e.status_code})"
         if codes & {"insufficient_quota", "billing_hard_limit_reached"} or status == 402: return cls("stop", f"the quota is used up: {said}")
@@ -271,22 +279,96 @@ def _retry_after(headers) -> float | None: # seconds; the header holds seconds o
 class Gate:
     "Where requests wait for their turn."
     def __init__(self,
-        per_minute:float=0,    # passages; 0: no limit
-        clock=time.monotonic,  # seconds
-        pause=None,            # seconds -> waits so long; a test may pass another
+        per_minute:float=0,        # passages; 0: no limit
+        tokens_per_minute:float=0, # of those who pass; 0: no limit
+        clock=time.monotonic,      # seconds
+        pause=None,                # seconds -> waits so long; a test may pass another
     ):
-        self.step, self.clock, self.closed, self.lock, self.next = 60/per_minute if per_minute else 0., clock, threading.Event(), threading.Lock(), 0.
+        self.step, self.token = (60/n if n else 0. for n in (per_minute, tokens_per_minute))   # seconds that a passage takes, and a token
+        self.next = self.paid = 0.   # when the next one may pass; when the tokens of the last are worked off
+        self.clock, self.closed, self.lock = clock, threading.Event(), threading.Lock()
         self.pause = pause or self.closed.wait
 
     def shut(self, seconds:float): # nobody passes for so long
         with self.lock: self.next = max(self.next, self.clock() + seconds)
 
-    def enter(self) -> bool: # True: go; False: closed for good
+    def enter(self, tokens:float=0) -> bool: # True: go; False: closed for good
         while not self.closed.is_set():
             with self.lock:
-                if (wait := self.next - self.clock()) <= 0: self.next = self.clock() + self.step; return True
-            self.pause(wait)
+                now = self.clock()
+                if (wait := max(self.next, self.paid) - now) <= 0: self.next, self.paid = now + self.step, now + tokens*self.token; return True
+            self.pause(min(wait, .5) if self.token else wait)   # it may get shorter
         return False
+
+    def settle(self, tokens:float): # so many more were used than was guessed
+        with self.lock: self.paid += tokens*self.token
+
+# %% ../nbs/06_servers.ipynb #06a00055
+def guess_tokens(
+    messages:list,      # of one request
+    longest:int=1024,   # longest side of a picture as it is sent, pixels
+) -> int:
+    "About how many tokens a request has."
+    def tokens(part):
+        if isinstance(part, str): return len(part.encode())/4
+        return part.width*part.height*min(1, longest/max(part.size))**2/750
+    return math.ceil(sum(4 + sum(map(tokens, [m["content"]] if isinstance(m["content"], str) else m["content"])) for m in messages))
+
+class Budget:
+    "What was spent, and what may be; a request under way counts as the most that it can take."
+    def __init__(self,
+        cfg:ServerConfig,  # its limits and prices
+    ):
+        self.cfg, self.spent, self.turn, self.under_way = cfg, Counter(), threading.Condition(), []
+        self.guessed = self.asked = self.told = self.replies = 0   # tokens of requests, guessed and as counted; of replies
+        self.worst, self.limited = 1., bool(cfg.max_total_tokens or cfg.max_money)
+
+    def money(self, asked:int, told:int) -> float: return round((asked*self.cfg.price_in + told*self.cfg.price_out)/1e6, 9)
+
+    def likely(self, guess:int, most:int) -> float: # tokens of a request and its reply
+        return (guess*self.asked/self.guessed + self.told/self.replies) if self.replies else guess + most
+
+    def _need(self, guess, most): # the most that a request may take: tokens of its own and of the reply
+        return math.ceil(guess*self.worst - 1e-6), most
+
+    def _full(self, need) -> str: # why this does not fit; "" if it does
+        cfg, spent, ahead = self.cfg, self.spent, [*self.under_way, need]
+        money, tokens = sum(self.money(*n) for n in ahead), sum(map(sum, ahead))
+        if cfg.max_calls and spent["calls"] >= cfg.max_calls: return f"{spent['calls']} calls (max_calls)"
+        if cfg.max_total_tokens and spent["tokens"] + tokens > cfg.max_total_tokens: return f"{spent['tokens']} tokens (max_total_tokens={cfg.max_total_tokens}; the next request may take {sum(need)})"
+        if cfg.max_money and spent["money"] + money > cfg.max_money*(1 + 1e-9): return f"{spent['money']:.6g} spent (max_money={cfg.max_money:g}; the next request may cost {self.money(*need):.2g})"
+        return ""
+
+# %% ../nbs/06_servers.ipynb #06a00056
+@patch
+def take(self:Budget,
+    guess:int,    # tokens of a request
+    most:int,     # tokens of its reply
+) -> tuple:       # what is kept for it, or None; why there is none
+    "Wait until one more request fits."
+    with self.turn:
+        while True:
+            full, alone = self._full(need := self._need(guess, most)), self.limited and not self.replies and self.under_way
+            if not full and not alone: self.under_way.append(need); self.spent["calls"] += 1; return need, ""
+            if not self.under_way: return None, full
+            self.turn.wait()
+
+@patch
+def settle(self:Budget,
+    need:tuple,      # what was kept for it
+    used=(0, 0),     # tokens of the request and of the reply; None: it was not sent
+    guess:int=0,     # tokens that the request was taken for; 0: nothing is learned from it
+):
+    "A request is through."
+    with self.turn:
+        self.under_way.remove(need)
+        if used is None: self.spent["calls"] -= 1; used = 0, 0
+        if sum(used): self.spent["tokens"] += sum(used)
+        if cost := self.money(*used): self.spent["money"] = round(self.spent["money"] + cost, 9)
+        if guess and used[0]:
+            self.guessed, self.asked, self.told, self.replies = self.guessed + guess, self.asked + used[0], self.told + used[1], self.replies + 1
+            self.worst = max(self.worst, used[0]/guess)
+        self.turn.notify_all()
 
 # %% ../nbs/06_servers.ipynb #06a00030
 class ReplyStore:
@@ -338,7 +420,8 @@ class Server:
         gate:Gate=None,  # shared with others who ask the same server
     ):
         self.cfg = where if isinstance(where, ServerConfig) else ServerConfig.parse(where)
-        self.gate, self.spent, self.lock, self.stopped, self.in_a_row = gate or Gate(self.cfg.per_minute), Counter(), threading.Lock(), "", 0
+        self.gate, self.budget, self.lock = gate or Gate(self.cfg.per_minute, self.cfg.tokens_per_minute), Budget(self.cfg), threading.Lock()
+        self.spent, self.stopped, self.in_a_row = self.budget.spent, "", 0
         self.store = ReplyStore(resolve_path(self.cfg.cache)) if self.cfg.cache else None
         self.limit, self.turns = "max_tokens", [threading.Lock() for _ in range(1024)]
         self.client, self.refused, self.blot = _connect(self.cfg)
@@ -396,18 +479,8 @@ def _send(self:Server, body:dict) -> tuple: # Reply or None, Fault or None
         if fault.kind == "filtered": reply, fault = Reply(finish="content_filter"), None
     else:
         reply = Reply.read(raw)
-        fault = None if reply else Fault("again", f"an answer that is no reply: {raw[:60]!r}")
+        fault = None if reply else Fault("again", f"an answer that is no reply: {raw[:60]!r}", paid=True)
     return reply, fault and replace(fault, why=self.blot(fault.why))
-
-@patch
-def _count(self:Server):
-    "One more request, if the budget allows."
-    with self.lock:
-        spent, cfg = self.spent, self.cfg
-        full = cfg.max_calls and spent["calls"] >= cfg.max_calls and f"{spent['calls']} calls (max_calls)"
-        full = full or cfg.max_total_tokens and spent["tokens"] >= cfg.max_total_tokens and f"{spent['tokens']} tokens (max_total_tokens)"
-        if not full: spent["calls"] += 1
-    if full: self._stop(f"the budget is used up after {full}; what was answered is kept, the same command goes on with another budget")
 
 @patch
 def _stop(self:Server, why:str):
@@ -439,11 +512,14 @@ def _try(self:Server, messages:list, max_tokens:int, key:str) -> tuple: # Reply 
     "Ask until there is a reply, the retries are used up, or asking is pointless."
     cfg, reply = self.cfg, None
     body = {"model": self.model, "messages": _as_sent(messages, cfg.longest_side)} | {k: v for k in ("temperature", "seed") if (v := getattr(cfg, k)) is not None} | ({"logprobs": True} if cfg.logprobs else {})
+    guess = guess_tokens(messages, cfg.longest_side)
     for attempt in range(cfg.retries + 1):
-        if not self.gate.enter(): raise Stopped(self.stopped or "stopped")
-        self._count()
+        need, full = self.budget.take(guess, max_tokens)
+        if full: self._stop(f"the budget is used up after {full}; what was answered is kept, the same command goes on with another budget")
+        likely = self.budget.likely(guess, max_tokens)
+        if not self.gate.enter(likely): self.budget.settle(need, None); raise Stopped(self.stopped or "stopped")
         reply, fault = self._send(body | {self.limit: max_tokens})
-        if reply: self._pay(reply)
+        self._pay(reply, fault, need, guess, likely)
         if reply and "empty" not in reply.flags: return reply, ""
         if fault and fault.kind == "stop": self._stop(self._said(fault.why))
         if fault and (fault.wait or 0) > cfg.longest_wait: self._stop(self._said(f"the server asks to wait {fault.wait:.0f} s, longer than longest_wait={cfg.longest_wait:.0f}; what was answered is kept, try again later ({fault.why})"))
@@ -455,7 +531,11 @@ def _try(self:Server, messages:list, max_tokens:int, key:str) -> tuple: # Reply 
     return reply, fault.why if fault else ""
 
 @patch
-def _pay(self:Server, reply:Reply):
-    "Count the tokens of a reply."
-    if self.cfg.max_total_tokens and reply.tokens is None and reply.finish != "content_filter": self._stop(self._said("the server does not say how many tokens it used, so max_total_tokens cannot be kept: give max_calls instead"))
-    with self.lock: self.spent["tokens"] += (reply.prompt_tokens or 0) + (reply.tokens or 0)
+def _pay(self:Server, reply:Reply|None, fault:Fault|None, need:tuple, guess:int, likely:float):
+    "Tell the budget and the gate what a request took."
+    counted = bool(reply) and reply.tokens is not None
+    silent = reply and not counted and reply.finish != "content_filter"
+    used = ((reply.prompt_tokens or 0, reply.tokens) if counted else need if self.budget.limited and (silent or fault and fault.paid) else (0, 0))
+    self.budget.settle(need, used, guess if counted else 0)
+    if counted or not reply and not fault.paid: self.gate.settle(sum(used) - likely)
+    if silent and self.budget.limited: self._stop(self._said("the server does not say how many tokens it used, so max_total_tokens and max_money cannot be kept: give max_calls instead"))

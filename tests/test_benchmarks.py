@@ -63,3 +63,14 @@ def test_batches_of_like_length_hold_every_sample_once(material):
     assert sorted(i for g in groups for i in g) == list(range(12))
     sums = sum(int(lengths[g].max() - lengths[g].min()) for g in groups)
     assert sums <= int(lengths.max() - lengths.min())
+
+
+def test_the_relabelling_benchmark_runs_from_end_to_end(tmp_path):
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmarks.relabel", "--quick", "--out", str(tmp_path/"relabel.json")],
+                          cwd=ROOT, env=environment(ROOT, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said, told = json.loads(done.stdout.strip().split("\n")[-1]), json.loads((tmp_path/"relabel.json").read_text())
+    assert said["name"] == "relabel" and said["ratio"] == pytest.approx(said["ours"]/said["peer"], abs=1e-3)
+    assert told["pass"]["same_captions"] == told["pass"]["captions"] == 32       # the pass says what the captioner says
+    assert {w: set(r["per_second"]) for w, r in told["reading"]["workers"].items()} == {w: {"recap", "webdataset, Pillow", "webdataset, tensors"} for w in "12"}
+    assert told["memory"]["large"]["images"] == 60 and not told["complete"] and {"provenance", "seed", "clock"} <= set(told)

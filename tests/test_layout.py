@@ -114,7 +114,7 @@ def test_dependencies_agree():
 def test_the_library_imports_only_what_the_core_installs():
     name = lambda r: re.split(r"[<>=~!\[]", r)[0].lower().replace("_", "-")
     core = {name(r) for r in settings()["requirements"].split()}
-    optional = {name(r) for extra in ("servers", "vote") for r in settings()[f"{extra}_requirements"].split()}
+    optional = {name(r) for extra in ("servers", "ray", "metrics", "vote") for r in settings()[f"{extra}_requirements"].split()}
     owners = importlib.metadata.packages_distributions()
     missing = set()
     for path in sorted((ROOT/"recap").glob("*.py")):

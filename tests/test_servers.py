@@ -218,20 +218,85 @@ def test_rate():
     assert max(arrived) - min(arrived) >= 11*.05 - .06
 
 
-@pytest.mark.parametrize("limit", [dict(max_calls=7), dict(max_total_tokens=60)])
-def test_budgets_hold_and_the_next_run_goes_on(limit, tmp_path):
-    with Loopback(lambda body, n: "one two three four five") as server:      # 15 tokens a request
+@pytest.mark.parametrize("limit, calls", [(dict(max_calls=7), 7), (dict(max_total_tokens=80, max_tokens=20), 4), (dict(max_money=.00015, price_in=1., price_out=2., max_tokens=20), 6)])
+def test_budgets_hold_and_the_next_run_goes_on(limit, calls, tmp_path):
+    with Loopback(lambda body, n: "one two three four five") as server:      # 10 tokens in, 5 out; a request of 20 at most
         client = quick(server, cache=str(tmp_path), concurrency=2, **limit)
         with pytest.raises(Stopped, match="budget is used up"): list(client.ask_many(asked(20)))
-        assert client.spent["calls"] == 7 if "max_calls" in limit else 4 <= client.spent["calls"] <= 5
-        done, rest = len(server.requests), quick(server, cache=str(tmp_path))
-        assert len(list(rest.ask_many(asked(20)))) == 20 and rest.spent["kept"] == done and len(server.requests) == 20
+        assert client.spent["calls"] == calls == len(server.requests)
+        rest = quick(server, cache=str(tmp_path), max_tokens=limit.get("max_tokens", 512))
+        assert len(list(rest.ask_many(asked(20)))) == 20 and rest.spent["kept"] == calls and len(server.requests) == 20
 
 
-def test_a_token_budget_needs_a_server_that_counts():
+@pytest.mark.parametrize("limits", [dict(max_money=.02, price_in=3., price_out=15.), dict(max_total_tokens=3000)])
+def test_no_budget_is_passed_by_what_is_under_way(limits):
+    "Replies of every length, requests of every size, eight at once: the server keeps the bill."
+    bill, lock = [0., 0], threading.Lock()
+    def answer(body, n):
+        asked_, told_ = 2*(len(told(body)) + 16)//4, 1 + hash(told(body)) % 90      # twice as many tokens as we guess
+        with lock: bill[0] += (3*asked_ + 15*told_)/1e6; bill[1] += asked_ + told_
+        time.sleep(.002*(n % 5))
+        return Loopback.reply("x") | {"usage": {"prompt_tokens": asked_, "completion_tokens": told_}}
+    with Loopback(answer) as server:
+        client = quick(server, concurrency=8, max_tokens=90, **limits)
+        with pytest.raises(Stopped, match="the next request may"): list(client.ask_many([message(f"{i}" + "w"*(i % 7*40))] for i in range(1000)))
+    most = 2*74 + 90, (3*2*74 + 15*90)/1e6
+    if "max_money" in limits: assert limits["max_money"] - 1.2*most[1] < bill[0] <= limits["max_money"] and client.spent["money"] == pytest.approx(bill[0])
+    else: assert 3000 - 1.2*most[0] < bill[1] <= 3000 and client.spent["tokens"] == bill[1]
+
+
+def test_what_was_sent_and_not_answered_counts_as_the_dearest():
+    prices = dict(price_in=1., price_out=1., max_tokens=90, retries=0)
+    with Loopback(lambda body, n: None) as server:
+        client = quick(server, max_money=1., **prices)
+        list(client.ask_many(asked(3)))
+        assert client.spent["money"] == pytest.approx(3*(6 + 90)/1e6)            # "number 0": 2 tokens, and 4 for a message
+        with pytest.raises(Stopped, match="max_money"): list(quick(server, max_money=.0003, give_up=99, **prices).ask_many(asked(9)))
+        assert len(server.requests) == 6
+    gone = quick(server, max_money=1., **prices)
+    list(gone.ask_many(asked(3)))
+    assert gone.spent["failed"] == 3 and gone.spent["money"] == 0                # nobody heard them
+
+
+def test_money_is_counted_without_a_limit_too():
+    with Loopback(lambda body, n: "a red cat") as server:
+        client = quick(server, price_in=.4, price_out=1.6)
+        list(client.ask_many(asked(10)))
+    assert client.spent["money"] == pytest.approx(10*(10*.4 + 3*1.6)/1e6) and "money" not in quick(server).spent
+
+
+def test_tokens_a_minute_over_the_wire():
+    arrived = []
+    with Loopback(lambda body, n: arrived.append(time.monotonic()) or "one two three four five") as server:
+        client = quick(server, tokens_per_minute=3000, max_tokens=20, concurrency=4)     # 50 a second, 15 a request
+        list(client.ask_many(asked(9)))
+    assert max(arrived) - min(arrived) >= 8*.3 - .1
+    assert max(arrived) - min(arrived) < 8*.3 + 2.5                                    # the guesses were settled
+
+
+@pytest.mark.parametrize("wrong", [[1], [1, 1, 2, 3], [.5, 1, 2]])
+def test_tokens_a_minute_in_any_minute(wrong):
+    "Requests that start within sixty seconds take what a minute allows, and one more; wrong guesses cancel out."
+    import random
+    for seed in range(10):
+        rng, now, started, due = random.Random(seed), [0.], [], []
+        gate = Gate(tokens_per_minute=1000, clock=lambda: now[0], pause=lambda s: now.__setitem__(0, now[0] + s))
+        for _ in range(60):
+            used = rng.randrange(1, 400)
+            guess = used*rng.choice(wrong)
+            gate.enter(guess); started.append((now[0], used)); due.append((now[0] + rng.random()*5, used - guess))
+            now[0] += rng.random()
+            for d in [d for d in due if d[0] <= now[0]]: gate.settle(d[1]); due.remove(d)
+        total, span = sum(u for _, u in started[:-1]), started[-1][0]
+        assert 700 < total/span*60 < 1000 + 400*60/span + 1e-6                         # and the limit is used
+        for t, _ in started if wrong == [1] else (): assert sum(u for s, u in started if t <= s < t + 60) <= 1000 + 400
+
+
+def test_a_budget_in_tokens_or_money_needs_a_server_that_counts():
     with Loopback(lambda body, n: Loopback.reply("a cat") | {"usage": None}) as server:
-        with pytest.raises(Stopped, match="give max_calls instead"): quick(server, max_total_tokens=100).ask([message("a")])
-        assert quick(server).ask([message("a")]).tokens is None
+        for limit in (dict(max_total_tokens=1000), dict(max_money=1., price_in=1.)):
+            with pytest.raises(Stopped, match="give max_calls instead"): quick(server, **limit).ask([message("a")])
+        assert quick(server, tokens_per_minute=10**6).ask([message("a")]).tokens is None
 
 
 def test_the_same_request_at_the_same_time_is_paid_for_once(tmp_path):
@@ -261,6 +326,38 @@ def test_killed_and_started_again_pays_for_nothing_twice(tmp_path):
         texts = [r.text for r in quick(server, cache=str(tmp_path)).ask_many(asked(60))]
     assert texts == [f"reply to number {i}" for i in range(60)] and first < 60
     assert len(server.requests) <= 60 + 3                           # but those that were on their way
+
+
+RELABEL = '''
+import sys
+from recap.relabel import relabel
+from recap.servers import ServerConfig
+relabel(sys.argv[1], ServerConfig(sys.argv[2], "toy", cache=sys.argv[3], concurrency=3), ["dsc"], sys.argv[4], batch_size=4)
+'''
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_22_relabelling_killed_at_random_moments_pays_once(kills, tmp_path):
+    "However often it is killed, nothing that was saved is asked for again: only what was on its way at a kill."
+    import random
+    from recap.corpus import open_corpus
+    rng, n = random.Random(kills), 10*kills + 20
+    (tmp_path/"in").mkdir()
+    for i in range(n): Image.new("RGB", (16, 16), (i, 2*i % 256, 7)).save(tmp_path/"in"/f"{i:03d}.png")
+    def colour(body, number=0): return "colour %d %d %d" % as_picture(base64.b64decode(body["messages"][0]["content"][0]["image_url"]["url"].split(",")[1])).getpixel((0, 0))
+    def answer(body, number): time.sleep(.03); return colour(body)
+    env = os.environ | {"PYTHONPATH": str(project_root()), "OMP_NUM_THREADS": "1"}
+    with Loopback(answer) as server:
+        args = [sys.executable, "-c", RELABEL, tmp_path/"in", server.url, tmp_path/"kept", tmp_path/"out"]
+        killed = 0
+        for _ in range(kills):
+            child, before, deadline = subprocess.Popen(args, env=env), len(server.requests), time.time() + 120
+            while len(server.requests) == before and child.poll() is None and time.time() < deadline: time.sleep(.005)
+            time.sleep(rng.random()*.3)
+            child.send_signal(signal.SIGKILL); killed += child.wait() == -signal.SIGKILL
+        subprocess.run(args, env=env, check=True)
+        assert killed and len(server.requests) <= n + 3*killed
+    texts = open_corpus(tmp_path/"in", tmp_path/"out"/"captions").captions("dsc")
+    assert list(texts.values()) == [f"colour {i} {2*i % 256} 7" for i in range(n)]
 
 
 def test_what_a_reply_depends_on(tmp_path):
