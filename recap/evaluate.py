@@ -7,7 +7,7 @@ __all__ = ['TEXTS', 'Question', 'ask', 'picture_seeds', 'paint', 'corpus_picture
            'evaluate_text', 'summarise', 'evaluate', 'weights_of']
 
 # %% ../nbs/22_evaluate.ipynb #07d08870
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +20,25 @@ from .metrics import clip_score, true_prompt_rank
 from .reader import compare
 from .scorers import ClipScorer, Detector
 from .statistics import bootstrap_mean, bootstrap_ratio
+from .upsample import open_upsampler
 from .world import KINDS
 
 # %% ../nbs/22_evaluate.ipynb #7eb65db9
-TEXTS = ("people", "descriptive")
+TEXTS = ("people", "descriptive", "rewritten")
 
 @dataclass(frozen=True)
 class Question:
-    "One held-out scene and the two prompts that ask for it."
+    "One held-out scene and the prompts that ask for it."
     index:int    # in this evaluation
     key:tuple    # (shard, key) in the corpus
     scene:object # ground truth: what can be seen
-    prompts:dict # text kind -> prompt
-    facts:dict   # text kind -> sorted facts that the prompt asks for
+    prompts:dict # text kind -> what is painted
+    facts:dict   # text kind -> sorted facts that the picture is held to
+
+    def original(self, text:str) -> str: return self.prompts["people" if text == "rewritten" else text]  # what the picture is scored against
 
 def _question(index:int, key:tuple, scene, visible:set, seed:int) -> Question:
-    "Both prompts of a scene, with the facts each asks for."
+    "The two prompts of a scene that are written from its truth, with the facts each asks for."
     prompts = {"people": people_prompt(scene, keyed_rng(seed, "people", *key)),
                "descriptive": descriptive_caption(scene, keyed_rng(seed, "descriptive", *key), bank="people")}
     return Question(index, key, scene, prompts, {t: sorted(compare(p, visible).told) for t, p in prompts.items()})
@@ -45,6 +48,7 @@ def ask(
     truth:dict, # (shard, key) -> (scene, visible facts), from a corpus made with split="test"
     n:int,      # questions wanted
     seed:int=0, # of the phrasing
+    upsampler=None, # .rewrite(prompts) -> something with .text for each; None: nothing is rewritten
 ) -> tuple:     # list of `Question`, number of scenes passed over
     "The first `n` held-out scenes as questions; the same ones for every model."
     asked, passed = [], 0
@@ -55,7 +59,9 @@ def ask(
         else: passed += 1
     if len(asked) < n: raise RecapError(f"{n} prompts wanted, but the corpus has only {len(asked)} usable scenes "
                                         f"of {len(truth)}: ask for fewer or make a larger test corpus")
-    return asked, passed
+    if upsampler is None: return asked, passed
+    told = upsampler.rewrite([q.prompts["people"] for q in asked])
+    return [replace(q, prompts=q.prompts | {"rewritten": r.text}, facts=q.facts | {"rewritten": q.facts["people"]}) for q, r in zip(asked, told)], passed
 
 # %% ../nbs/22_evaluate.ipynb #c7849075
 def picture_seeds(asked:list, repeats:int, seed:int) -> list:
@@ -65,7 +71,7 @@ def picture_seeds(asked:list, repeats:int, seed:int) -> list:
 def paint(
     model:str,      # "real", "vae" or the folder of a trained arm
     asked:list,     # questions
-    text:str,       # which prompt of each: "people" or "descriptive"
+    text:str,       # which prompt of each, one of TEXTS
     cfg,            # `EvaluateConfig`
     seed:int=0,     # of the noise
 ) -> np.ndarray:    # (questions * repeats, 64, 64, 3) uint8, repeats of a question side by side
@@ -99,12 +105,13 @@ class EvaluateConfig(Config):
     "What is evaluated, on what, how."
     model:str="real"             # "real", "vae" or the folder of a trained arm
     corpus:str="toy"             # held-out scenes
-    prompts:int=12               # questions, each asked in both kinds of text
+    prompts:int=12               # questions, each asked in all kinds of text
     repeats:int=1                # pictures a prompt, from different noise; the ceilings need one
     guidance_scale:float=5.0     # of classifier-free guidance
     num_inference_steps:int=20   # of the sampler
     batch_size:int=32            # pictures painted at once
     vae:str=""                   # folder of the autoencoder for "vae"; empty: the foundation one
+    upsampler:str=""             # folder or address of what rewrites prompts; empty: the foundation one
     clip_scorer:str=""           # folder of the CLIP that scores; empty: the foundation one
     detector:str=""              # folder of the fact detector; empty: the foundation one
 
@@ -115,7 +122,7 @@ class EvaluateConfig(Config):
 # %% ../nbs/22_evaluate.ipynb #bdde35dd
 def score(
     images:np.ndarray,   # (n, h, w, 3) uint8
-    prompts:list,        # what each picture was painted from
+    prompts:list,        # what each picture is scored against
     facts:list,          # the facts each is held to
     detector,            # .check(images, facts) -> probability of each fact
     scorer,              # .score(images, texts) -> cosine of each pair
@@ -141,13 +148,13 @@ def evaluate_text(
     detector, scorer,   # see `score`
     seed:int=0,         # of the prompts ranked against
 ) -> list:              # one row a picture: index, repeat, key, prompt and its scores
-    "Every picture of one kind of prompt, scored."
+    "Every picture of one kind of prompt, scored against the original prompt."
     repeats, left = divmod(len(images), len(asked))
     if left or not repeats: raise RecapError(f"{len(images)} pictures for {len(asked)} prompts: numbers must match")
     rows = []
     for r in range(repeats):
-        scores = score(images[r::repeats], [q.prompts[text] for q in asked], [q.facts[text] for q in asked], detector, scorer, seed)
-        rows += [dict(index=q.index, repeat=r, key="/".join(q.key), prompt=q.prompts[text], **s) for q, s in zip(asked, scores)]
+        scores = score(images[r::repeats], [q.original(text) for q in asked], [q.facts[text] for q in asked], detector, scorer, seed)
+        rows += [dict(index=q.index, repeat=r, key="/".join(q.key), prompt=q.original(text), **({"painted": q.prompts[text]} if q.prompts[text] != q.original(text) else {}), **s) for q, s in zip(asked, scores)]
     return sorted(rows, key=lambda row: (row["index"], row["repeat"]))
 
 # %% ../nbs/22_evaluate.ipynb #f1cecdd9
@@ -184,9 +191,10 @@ def evaluate(
     seed:int=0,             # of phrasing, noise and intervals
     detector=None,          # default: the one of the configuration
     scorer=None,            # default: the one of the configuration
+    upsampler=None,         # default: the one of the configuration
 ) -> dict:                  # JSON-ready: per text kind the rows and their summary
-    "Paint and score a model's answers to both kinds of prompt."
-    asked, passed = ask(open_corpus(cfg.corpus).truth(), cfg.prompts, seed)
+    "Paint and score a model's answers to all kinds of prompt."
+    asked, passed = ask(open_corpus(cfg.corpus).truth(), cfg.prompts, seed, upsampler or open_upsampler(cfg.upsampler))
     detector = detector or Detector.from_pretrained(cfg.detector or foundation("detector"))
     scorer = scorer or ClipScorer.from_pretrained(cfg.clip_scorer or foundation("clip_scorer"))
     texts = {}
@@ -204,6 +212,7 @@ def evaluate(
 def weights_of(cfg:EvaluateConfig) -> dict:
     "Name -> folder of the weights that an evaluation uses."
     used = dict(detector=Path(cfg.detector or foundation("detector")), clip_scorer=Path(cfg.clip_scorer or foundation("clip_scorer")))
+    if "://" not in cfg.upsampler: used["upsampler"] = resolve_path(cfg.upsampler) if cfg.upsampler else foundation("upsampler")
     if cfg.model == "vae": used["vae"] = Path(cfg.vae or foundation("vae"))
     elif cfg.model != "real": used["model"] = resolve_path(cfg.model)
     return used

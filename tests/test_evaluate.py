@@ -37,7 +37,7 @@ def test_rows_are_json_and_the_same_twice(arm, tmp_path):
     a, b = (ev.evaluate(cfg, tmp_path/n, seed=3, detector=Blind(), scorer=Blind()) for n in "ab")
     assert json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
     assert a["kind"] == "arm" and all(len(a["texts"][t]["rows"]) == 24 for t in ev.TEXTS)
-    assert len(list((tmp_path/"a").glob("images/*/*.png"))) == 48
+    assert len(list((tmp_path/"a").glob("images/*/*.png"))) == 72
     for x in (tmp_path/"a").rglob("*.png"): assert x.read_bytes() == (tmp_path/"b"/x.relative_to(tmp_path/"a")).read_bytes()
 
 def test_pictures_prompts_and_rows_belong_together(arm, tmp_path):
@@ -46,19 +46,28 @@ def test_pictures_prompts_and_rows_belong_together(arm, tmp_path):
     for t in ev.TEXTS:
         for row in ev_out["texts"][t]["rows"]:
             black = Blind().dark(Image.open(tmp_path/"o"/"images"/t/f"{row['index']:05d}_{row['repeat']}.png"))
-            assert row["prompt"] == prompts[row["index"]][t] and set(row["right"]) == {0 if black else 1}
+            assert row.get("painted", row["prompt"]) == prompts[row["index"]][t] and set(row["right"]) == {0 if black else 1}
 
 def test_all_arms_get_the_same_noise_and_both_texts_the_same_prompts_as_the_ceiling(arm):
     ev.evaluate(ev.EvaluateConfig(model=str(arm[0]), prompts=12, repeats=2), seed=1, detector=Blind(), scorer=Blind())
-    (people, seeds), (descriptive, again) = arm[1]
-    assert seeds == again and len(set(seeds)) == 24
+    (people, seeds), (descriptive, again), (rewritten, once_more) = arm[1]
+    assert seeds == again == once_more and len(set(seeds)) == 24
     real = ev.evaluate(ev.EvaluateConfig(model="real", prompts=12), seed=1, detector=Blind(), scorer=Blind())
     assert [r["prompt"] for r in real["texts"]["people"]["rows"]] == people[::2]
     assert [r["prompt"] for r in real["texts"]["descriptive"]["rows"]] == descriptive[::2]
+    assert [r.get("painted", r["prompt"]) for r in real["texts"]["rewritten"]["rows"]] == rewritten[::2] != people[::2]
+
+def test_a_rewritten_prompt_is_held_to_the_original(truth):
+    wild = types.SimpleNamespace(rewrite=lambda prompts: [types.SimpleNamespace(text=f"a huge castle on fire, {p}") for p in prompts])
+    asked = ev.ask(truth, 12, upsampler=wild)[0]
+    assert all(q.prompts["rewritten"].startswith("a huge castle") and q.original("rewritten") == q.prompts["people"] and q.facts["rewritten"] == q.facts["people"] for q in asked)
+    pictures = ev.corpus_pictures("toy", [q.key for q in asked])
+    rows, plain = (ev.evaluate_text(pictures, asked, t, Blind(), Blind()) for t in ("rewritten", "people"))
+    assert [{k: v for k, v in r.items() if k != "painted"} for r in rows] == plain and all(r["painted"] != r["prompt"] for r in rows)
 
 def test_facts_asked_are_true_and_readable(truth):
     for q in ev.ask(truth, 30)[0]:
-        for t in ev.TEXTS: assert q.facts[t] and set(q.facts[t]) <= set(truth[q.key][1])
+        for t in q.facts: assert q.facts[t] and set(q.facts[t]) <= set(truth[q.key][1])
 
 def test_a_scorer_that_says_the_same_of_everything_earns_nothing(truth):
     asked = ev.ask(truth, 12)[0]

@@ -34,8 +34,8 @@ def judge(folder, scale="cpu"):
 def test_known_answer_is_found(study, tmp_path):
     html, results = make(study, tmp_path)
     v = verdicts(results)
-    assert v["order"] == v["first_last"] == v["people"] == v["captions"] == "holds" and v["open0"] == "not measured"
-    assert html.count("data:image/png;base64,") == 2*10*5 + 12
+    assert v["order"] == v["first_last"] == v["people"] == v["captions"] == v["rewriting"] == "holds" and v["blend"] == "not measured"
+    assert html.count("data:image/png;base64,") == 3*10*5 + 12
     assert results["headline"].startswith("Better captions made a better painter") and results["headline"] in html
     assert "design of RECAP" in html
 
