@@ -6,7 +6,7 @@
 __all__ = ['ShardWorker', 'load_ray', 'knock', 'ray_session', 'share_of_gpus', 'ray_engine']
 
 # %% ../nbs/12a_ray.ipynb #12a10003
-import json, logging, os, socket
+import json, logging, os, socket, sys
 from contextlib import contextmanager
 from typing import Callable
 from .core import RecapError
@@ -62,6 +62,15 @@ def knock(
     except OSError as e: raise RecapError(f"no Ray at {address} ({e.strerror or e}); start one with `ray start --head`, or leave the address out") from None
 
 @contextmanager
+def _hushed(): # what Ray's C++ side says while it starts, mostly that it was told to be quiet
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try: os.dup2(nowhere, 2); yield
+    finally:
+        os.dup2(kept, 2)
+        for f in (kept, nowhere): os.close(f)
+
+@contextmanager
 def ray_session(
     workers:int,     # that will want a place
     address:str="",  # of a running cluster, such as "auto"; "": start one here
@@ -74,8 +83,9 @@ def ray_session(
     try:
         if not ray.is_initialized():
             knock(address)
-            try: ray.init(**quiet, **({"address": address} if address else here)); mine = True
-            except (ConnectionError, ValueError, RuntimeError) as e: raise RecapError(f"no Ray at {address or 'all'} ({' '.join(str(e).split())[:200]}); start one with `ray start --head`, or leave the address out") from None
+            try:
+                with _hushed(): ray.init(**quiet, **({"address": address} if address else here)); mine = True
+            except Exception as e: raise RecapError(f"no Ray at {address or 'this machine'} ({' '.join(str(e).split())[:200]}); start one with `ray start --head`, or leave the address out") from None
         yield ray
     finally:
         if mine: ray.shutdown()

@@ -114,7 +114,7 @@ def read_batches(
         if isinstance(item[1], dict): return *item, None
         try: return *item, see(item[1], views)
         except BadImage as e: return *item, e
-    room = min([2*batch_size, *((256 << 20)//(3*size*size) if size else 0 for size, _ in views)])
+    room = min([2*batch_size, *((256 << 20)//(3*size*size) if size else batch_size for size, _ in views)])
     items = (item for found in work_ahead(index, wanted, min(threads, 1), 2) for item in found)
     batch, lost = None, {}
     for shard, source, seen in work_ahead(look, items, threads, max(room, 2*threads + 1)):
