@@ -280,8 +280,13 @@ class Upsampler:
         "Read a folder that `save_pretrained` wrote."
         from tokenizers import Tokenizer
         from transformers import LlamaForCausalLM
+        from transformers.utils import logging
         if not (Path(path)/"tokenizer.json").is_file(): raise RecapError(f"{path}: no tokenizer.json, so no upsampler; `make foundation` trains one")
-        model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", local_files_only=True)
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()     # it takes a tenth of a second
+        try: model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", local_files_only=True)
+        finally:
+            if bars: logging.enable_progress_bar()
         return cls(model, Tokenizer.from_file(str(Path(path)/"tokenizer.json")), weights=hash_folder(path), **how)
 
     @property
