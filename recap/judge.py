@@ -24,7 +24,6 @@ from .runs import lock_folder, unlock_folder
 from .scorers import SIZE, Detector, Shown, change_one, people_text
 from .servers import Reply, Server, ServerConfig, as_picture, message
 from .statistics import bootstrap_mean
-from .trust import balanced
 from .vqa import Known, VQAScorer, question_of
 from .world import Scene, WorldConfig, render, sample_scene
 
@@ -210,6 +209,7 @@ def measure_judge(
     seed:int=0,        # of the bootstrap over cases
 ) -> dict:             # kind, and "all" -> verdict, passed, caught, pair, alpha, cases, excluded
     "How often a judge is right, with 95 % intervals; what it did not answer is left out and counted."
+    from recap.trust import balanced   # brings diffusers, which judging does not need
     plain = lambda interval: dict(zip(("mean", "lo", "hi"), (round(float(x), 4) for x in interval)))
     def of(rows):
         told = [(i, true, v.correct == true) for i, r in enumerate(rows) for v, true in ((r["right"], True), (r["wrong"], False)) if v.verdict]
