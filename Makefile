@@ -1,6 +1,7 @@
 # Everything is set up in .venv at the root; a target installs what it needs, once.
 #   make study [SCALE=cpu]   the whole path, ending with runs/<scale>/report.html
 #   make test                all tests, the pages among them
+#   make docs, make serve    the rendered book, from a study's runs
 SCALE ?= cpu
 CORES ?= 0
 # tests at the same time, one thread each; JOBS=0 runs them one after the other
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RECAP := $(BIN)/recap
 
-.PHONY: help study smoke foundation publish publish-study test test-all bench lab pages readme export clean-runs
+.PHONY: docs serve help study smoke foundation publish publish-study test test-all bench lab pages readme export clean-runs
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +21,8 @@ help:
 	@echo "make publish                  copy what make foundation trained to data/foundation"
 	@echo "make publish-study            copy a finished study's numbers and picture to data/results"
 	@echo "make bench                    the benchmarks, as a table"
+	@echo "make docs [SCALE=cpu]         the rendered book in _docs, with the results of that scale's study"
+	@echo "make serve                    open it at http://127.0.0.1:8800"
 	@echo "make lab                      open the pages in JupyterLab"
 	@echo "make pages [PAGES=17_train]   run the pages with their defaults and keep their outputs"
 	@echo "make export                   pages -> recap/, cleaned (what a commit needs)"
@@ -63,6 +66,14 @@ bench: .venv/installed-dev
 
 lab: .venv/installed-lab
 	@cd nbs && ../$(BIN)/jupyter lab
+
+docs: .venv/installed-docs
+	@$(BIN)/python docs/build.py --run runs/$(SCALE)
+
+serve:
+	@test -f _docs/index.html || $(MAKE) --no-print-directory docs
+	@echo "http://127.0.0.1:8800 (ctrl-c ends it)"
+	@$(BIN)/python -m http.server 8800 --bind 127.0.0.1 --directory _docs
 
 pages: .venv/installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python workflow/execute.py $(PAGES)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'world_app', 'corpus_app', 'STOPPED', 'run_command', 'main', 'parse_given', 'study', 'stage', 'make', 'inspect',
-           'validate', 'convert', 'relabel', 'caption', 'tune', 'train', 'sample', 'results', 'plan', 'judge']
+           'validate', 'convert', 'relabel', 'caption', 'tune', 'vote', 'train', 'sample', 'upsample', 'results',
+           'plan', 'judge']
 
 # %% ../nbs/28_command.ipynb #c9566476
 import json, os, sys
@@ -247,6 +248,51 @@ def tune(
     for what in ("words", "full stop", "words of style"): print(f"{what}: " + ", ".join(f"{kind} {m[what]:.2f}" for kind, m in found["measures"][style].items()))
     print(f"captioner: {found['out']}")
 
+# %% ../nbs/28_command.ipynb #24c0de02
+def _systems(folders:list) -> dict: # name -> folder
+    "Folders by what tells them apart: the first part of their paths, from the end, in which they differ."
+    folders = [_path(f) for f in folders]
+    for i in range(1, max(len(f.parts) for f in folders)):
+        names = [f.parts[-i] if i < len(f.parts) else "" for f in folders]
+        if len(set(names)) == len(folders): return dict(zip(names, folders))
+    raise RecapError("two of the folders are the same: a vote needs pictures of different systems")
+
+@app.command()
+def vote(
+    pictures:list[Path]=typer.Argument(None, help="a folder of pictures for each system, the same names in each; with --captions one corpus"),
+    prompts:Path=typer.Option(None, help="prompts.jsonl or a list, one a line; by default what lies beside the pictures"),
+    question:str=typer.Option("following", help="following, style or coherence"),
+    captions:str=typer.Option("", help="instead: rate these columns of captions, such as alt,dsc"),
+    n:int=typer.Option(100, "--n", "-n", help="with --captions: pictures"),
+    real:Path=typer.Option(None, help="folder of true pictures of the prompts, for checks"),
+    raters:int=typer.Option(0, help="print so many links; 0: one invitation for all"),
+    per_pair:int=typer.Option(3, help="raters for each pair"),
+    most:int=typer.Option(0, help="pairs for each rater at most; 0: no limit"),
+    db:Path=typer.Option("votes.db", help="file for the answers"),
+    host:str=typer.Option("127.0.0.1", help="address to listen on; this machine alone by default"),
+    port:int=typer.Option(8765, help="0: any that is free"),
+    seed:int=typer.Option(0, help="of sides, order and checks"),
+    results:Path=typer.Option(None, help="do not serve: say what the votes in this file say"),
+    simulated:bool=typer.Option(False, "--simulated", help="with --results: of programs, instead of people"),
+    export:Path=typer.Option(None, help="with --results: write one row a vote, .csv or .jsonl"),
+    json_:bool=typer.Option(False, "--json", help="for programs"),
+):
+    "Let people vote on pictures or captions, or count their votes."
+    from recap.vote import caption_study, export_votes, pair_study, serve, vote_lines, vote_results
+    if results:
+        found = vote_results(_path(results), simulated)
+        if export: export_votes(_path(results), _path(export))
+        return _json(found) if json_ else print(*vote_lines(found), sep="\n")
+    how = dict(seed=seed, per_pair=per_pair, most=most)
+    if captions and len(pictures or []) != 1: raise RecapError("--captions needs one corpus")
+    if not captions and len(pictures or []) < 2: raise RecapError("give the folders of two systems or more, or a corpus with --captions alt,dsc, or --results votes.db")
+    study = caption_study("toy" if str(pictures[0]) == "toy" else _path(pictures[0]), captions.split(","), n, **how) if captions else \
+        pair_study(_systems(pictures), prompts and _path(prompts), question, real and _path(real), **how)
+    tell = lambda line: print(line, flush=True)
+    checks = sum(bool(t.known) for t in study.tasks)
+    tell(f"{len(study.tasks) - checks} tasks and {checks} checks" + f"; {study.left_out} pictures left out"*bool(study.left_out))
+    serve(study, _path(db), raters, host, port, tell)
+
 # %% ../nbs/28_command.ipynb #674b9677
 @app.command()
 def train(
@@ -314,6 +360,28 @@ def sample(
     images = painter.paint([prompt]*n, list(range(seed, seed + n)), guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
     with atomic_write(grid) as f: image_grid(list(images), ncol=min(n, 8), scale=2).save(f, "PNG")
     print(grid)
+
+# %% ../nbs/28_command.ipynb #28a19002
+@app.command()
+def upsample(
+    prompts:list[str]=typer.Argument(None, help="what should be rewritten"),
+    file:Path=typer.Option(None, help="prompts, one a line"),
+    out:Path=typer.Option(None, help="JSON lines; a run that was stopped goes on there"),
+    source:str=typer.Option("", help="folder of an upsampler, or http://HOST:PORT/v1#MODEL; empty: the small model that comes with the project"),
+    json_:bool=typer.Option(False, "--json", help="for programs"),
+):
+    "Rewrite short prompts into descriptions that keep every fact."
+    try: asked = [*(prompts or []), *(line.strip() for line in (_path(file).read_text(encoding="utf-8-sig").splitlines() if file else ()) if line.strip())]
+    except (OSError, UnicodeDecodeError) as e: raise RecapError(f"{file} cannot be read: {getattr(e, 'strerror', None) or 'it is no text in UTF-8'}") from None
+    if not asked: raise RecapError("what should be rewritten? Give prompts, or a --file of them")
+    from recap.upsample import open_upsampler, rewrite_file
+    done = rewrite_file(asked, open_upsampler(source), out and _path(out))
+    if json_: _json([r.to_dict() for r in done])
+    else:
+        for r in done: print(r.text)
+    for r in done:
+        if not r.ok: print(f"recap: {r.prompt!r} stays as it is: {r.why}", file=sys.stderr)
+    return int(not all(r.ok for r in done))
 
 # %% ../nbs/28_command.ipynb #8c5aa296
 @app.command()

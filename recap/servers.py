@@ -208,6 +208,7 @@ class Reply:
     logprob: float | None = None      # of the reply, nats, where the server tells it
     why: str = ""                     # it failed: the reason
     cached: bool = False              # it was paid for earlier
+    first: list | None = None         # candidates for its first token, [token, log-probability], where asked for with top_logprobs
 
     @property
     def flags(self) -> tuple: # empty for a good reply
@@ -228,7 +229,8 @@ class Reply:
             places = (choice.get("logprobs") or {}).get("content") or []
             finish = {"length": "length", "max_tokens": "length", "content_filter": "content_filter"}.get(choice.get("finish_reason"), "stop")
             return cls(tidy_text(text), "refusal" if refusal else finish, usage.get("prompt_tokens"), usage.get("completion_tokens"),
-                       sum(p["logprob"] for p in places) if places else None)
+                       sum(p["logprob"] for p in places) if places else None,
+                       first=[[t["token"], t["logprob"]] for t in places[0].get("top_logprobs") or ()] or None if places else None)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError): return None
 
 # %% ../nbs/06_servers.ipynb #06a00027

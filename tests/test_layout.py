@@ -114,7 +114,7 @@ def test_dependencies_agree():
 def test_the_library_imports_only_what_the_core_installs():
     name = lambda r: re.split(r"[<>=~!\[]", r)[0].lower().replace("_", "-")
     core = {name(r) for r in settings()["requirements"].split()}
-    servers = {name(r) for r in settings()["servers_requirements"].split()}
+    optional = {name(r) for extra in ("servers", "vote") for r in settings()[f"{extra}_requirements"].split()}
     owners = importlib.metadata.packages_distributions()
     missing = set()
     for path in sorted((ROOT/"recap").glob("*.py")):
@@ -123,7 +123,7 @@ def test_the_library_imports_only_what_the_core_installs():
         for node in ast.walk(tree):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"recap"}:
-                if not {o.lower().replace("_", "-") for o in owners.get(top, [])} & (core | servers if id(node) in tried else core): missing.add(f"{path.name}: {top}")
+                if not {o.lower().replace("_", "-") for o in owners.get(top, [])} & (core | optional if id(node) in tried else core): missing.add(f"{path.name}: {top}")
     assert sorted(missing) == []
 
 

@@ -10,7 +10,7 @@ from recap.core import RecapError, hash_folder, project_root, read_json, write_j
 # data/foundation/NAME <- runs/foundation/FOLDER, trained by STAGE
 WEIGHTS = {"vae": ("vae/vae", "vae"), "text": ("text/text", "text"), "captioner": ("captioner", "captioner"),
            "clip_scorer": ("scorers/clip_scorer", "scorers"), "detector": ("scorers/detector", "scorers"), "vqa": ("vqa/vqa", "vqa"),
-           "denoiser": ("denoiser", "denoiser")}
+           "denoiser": ("denoiser", "denoiser"), "upsampler": ("upsampler/upsampler", "upsampler")}
 PART = {"clip_scorer": "clip", "detector": "detector"}  # of its stage's results, where one stage trains two
 KEEP = {".safetensors", ".json"}
 ONLY = {"denoiser": ("unet", "transformer", "model.json")}  # its encoders are published beside it
