@@ -222,6 +222,19 @@ def test_the_truth_is_measured_as_the_truth_and_a_blind_eye_as_blind(cases):
     assert all(v["verdict"]["mean"] == 1. for k, v in told.items() if k not in ("colour", "all"))
 
 
+def test_any_model_that_answers_questions_judges_any_prompt(cases):
+    "A folder of a BLIP: the same verdicts as the foundation's by name where the reader knows every word, and the whole caption as one question where not."
+    from recap.core import foundation
+    named, folder, few = open_judge("vqa"), open_judge(str(foundation("vqa"))), cases[::4]
+    images, prompts = [render(c.right, 64) for c in few], [c.prompt for c in few]
+    known = [i for i, p in enumerate(prompts) if not read_facts(p).unread]
+    a, b = named.ask(images, prompts), folder.ask(images, prompts)
+    assert len(known) > 4 and all([q for q, _ in a[i]] == [q for q, _ in b[i]] for i in known)
+    assert np.allclose([p for i in known for _, p in a[i]], [p for i in known for _, p in b[i]], atol=1e-4)
+    (question, p), = folder.ask(images[:1], ["a heron wading"])[0]
+    assert "a heron wading" in question and 0 <= p <= 1
+
+
 def test_planted_errors_change_one_thing_that_the_prompt_tells(cases):
     for c in cases:
         told, wrong, right = read_facts(c.prompt).facts, Known.of(Shown.of(c.wrong)), Known.of(Shown.of(c.right))
