@@ -24,7 +24,6 @@ from .runs import lock_folder, unlock_folder
 from .scorers import SIZE, Detector, Shown, change_one, people_text
 from .servers import Reply, Server, ServerConfig, as_picture, message
 from .statistics import bootstrap_mean
-from .trust import balanced
 from .vqa import Known, VQAScorer, question_of
 from .world import Scene, WorldConfig, render, sample_scene
 
@@ -63,7 +62,7 @@ def _forms(fact): # a dog may be any dog: the same fact of each noun that the na
     return [(kind, *w) for w in itertools.product(*(_members(w) if i in (0, 2) else [w] for i, w in enumerate(words)))]
 
 def judge_prompts() -> dict: # name -> instruction, with {caption}
-    "What judges are told: about a picture, about a pair, and a whole caption as one question."
+    "What judges are told: about a picture, and about a pair."
     return {p.stem: p.read_text(encoding="utf8").strip() for p in sorted((project_root()/"data/prompts/judge").glob("*.txt"))}
 
 def _told(text, caption): return text.replace("{caption}", " ".join(caption.split()))
@@ -97,8 +96,8 @@ class FactJudge:
         return [[(question_of(f), max(float(next(p)) for _ in fs)) for f, fs in zip(row, form)] for row, form, p in zip(facts, forms, said)]
 
     def _ask_in_words(self, images, prompts, readings, facts): # where the reader does not know all the words, the caption is one question
-        whole = judge_prompts()["question"]
-        asked = [[question_of(f) for f in row] if row and not r.unread else [_told(whole, p.strip(" ."))] if p.strip() else [] for p, r, row in zip(prompts, readings, facts)]
+        whole = getattr(self.answers, "whole", "does this picture show {text}?")
+        asked = [[question_of(f) for f in row] if row and not r.unread else [whole.replace("{text}", " ".join(p.split()).strip(" ."))] if p.strip() else [] for p, r, row in zip(prompts, readings, facts)]
         return [[(q, float(x)) for q, x in zip(row, said)] for row, said in zip(asked, self.answers.answer(images, asked))]
 
     def judge(self, images, prompts:Sequence[str]) -> list[Verdict]:
@@ -107,6 +106,7 @@ class FactJudge:
 
     def _verdict(self, row):
         if not row: return Verdict(fault="nothing to ask", why="the prompt has no fact that can be asked for")
+        if lost := [q for q, p in row if p != p]: return Verdict(fault="no verdict", why=f"no answer to {'; '.join(lost)}")   # not a number
         failed = [f"{q} {p:.2f}" for q, p in row if p <= self.threshold]
         score = float(np.exp(np.mean([np.log(max(p, 1e-3)) for _, p in row])))
         return Verdict(VERDICTS[bool(failed)], "; ".join(failed) or f"all of {len(row)}: {'; '.join(q for q, _ in row)}", score=round(score, 4))
@@ -210,6 +210,7 @@ def measure_judge(
     seed:int=0,        # of the bootstrap over cases
 ) -> dict:             # kind, and "all" -> verdict, passed, caught, pair, alpha, cases, excluded
     "How often a judge is right, with 95 % intervals; what it did not answer is left out and counted."
+    from recap.trust import balanced   # brings diffusers, which judging does not need
     plain = lambda interval: dict(zip(("mean", "lo", "hi"), (round(float(x), 4) for x in interval)))
     def of(rows):
         told = [(i, true, v.correct == true) for i, r in enumerate(rows) for v, true in ((r["right"], True), (r["wrong"], False)) if v.verdict]
