@@ -280,8 +280,8 @@ def progress(
     desc:str="",         # what is being done
 ):
     "Yield from `iterable`, with one line on stderr: count and time left; silent where no one watches."
-    show = sys.stderr.isatty() or os.environ.get("RECAP_PROGRESS") == "1"
     if total is None and hasattr(iterable, "__len__"): total = len(iterable)
+    show = total != 1 and (sys.stderr.isatty() or os.environ.get("RECAP_PROGRESS") == "1")   # one thing has no progress
     start = last = time.monotonic()
     for n, item in enumerate(iterable, 1):
         yield item
