@@ -31,9 +31,9 @@ def test_the_command_starts_without_heavy_libraries():
 
 def test_every_command_has_help():
     top = recap(ROOT, "--help").stdout
-    for c in ("study", "stage", "world", "corpus", "relabel", "caption", "sample", "results"):
+    for c in ("study", "stage", "world", "corpus", "relabel", "caption", "tune", "train", "sample", "upsample", "evaluate", "judge", "vote", "results", "plan"):
         assert f"  {c} " in top
-    for args in (["study"], ["stage"], ["world", "make"], ["corpus", "inspect"], ["corpus", "validate"], ["corpus", "convert"], ["relabel"], ["caption"], ["sample"], ["results"]):
+    for args in (["study"], ["stage"], ["world", "make"], ["corpus", "inspect"], ["corpus", "validate"], ["corpus", "convert"], ["relabel"], ["caption"], ["tune"], ["train"], ["sample"], ["upsample"], ["evaluate"], ["judge"], ["vote"], ["results"], ["plan"]):
         assert "Usage: recap" in recap(ROOT, *args, "--help").stdout
 
 
