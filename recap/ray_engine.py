@@ -85,7 +85,7 @@ def ray_session(
             knock(address)
             try:
                 with _hushed(): ray.init(**quiet, **({"address": address} if address else here)); mine = True
-            except Exception as e: raise RecapError(f"no Ray at {address or 'this machine'} ({' '.join(str(e).split())[:200]}); start one with `ray start --head`, or leave the address out") from None
+            except Exception as e: raise RecapError(f"no Ray at {address or 'this machine'} ({' '.join(str(e).split())[:200]}); start one with `ray start --head`, set RAY_AUTH_TOKEN to its token if it wants one, or leave the address out") from None
         yield ray
     finally:
         if mine: ray.shutdown()

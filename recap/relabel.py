@@ -63,10 +63,11 @@ def ask(
     scribe:Scribe,  # who captions
     images,         # PIL images, or what the captioner staged of them
     style:str,      # passed on to captioners that know several
+    batch_size:int=64, # pictures at a time
 ) -> list[dict]:    # caption, model, tokens, logprob, flags; one for each image
     "Caption a batch and check what comes back."
     call = scribe.captioner.caption_rows
-    how = {k: v for k, v in dict(style=style, batch_size=len(images)).items() if k in inspect.signature(call).parameters}
+    how = {k: v for k, v in dict(style=style, batch_size=batch_size).items() if k in inspect.signature(call).parameters}
     return checked(scribe, call(images, **how), len(images))
 
 # %% ../nbs/12_relabel.ipynb #d64c23fd
@@ -168,7 +169,7 @@ def answers(
         batches, ahead = share(batches, 2)
         told = scribe.captioner.stream((im, s) for b in ahead for s in styles if s in b.wants for im in b.part(scribe, s)[1])
         tell = lambda images, style: checked(scribe, judge_rows(list(itertools.islice(told, len(images))), images, getattr(scribe.captioner, "keep", ())), len(images))
-    else: tell = lambda images, style: ask(scribe, images, style)
+    else: tell = lambda images, style: ask(scribe, images, style, len(images))
     for batch in batches:
         rows = {}
         for style in (s for s in styles if s in batch.wants):

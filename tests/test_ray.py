@@ -1,5 +1,5 @@
 "What 12a_ray cannot show on a page: workers and drivers that are killed, weights in two processes, clusters that are not there."
-import hashlib, os, random, signal, subprocess, sys, time
+import hashlib, os, random, secrets, signal, subprocess, sys, time
 from pathlib import Path
 
 import pyarrow.parquet as pq, pytest
@@ -181,11 +181,12 @@ def test_22_killed_ten_times(world, whole, fake, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cluster_that_runs_already(world, whole, fake, tmp_path):
+def test_a_cluster_that_runs_already(world, whole, fake, tmp_path, monkeypatch):
     "Started as the page says, joined by its address, left running."
     folder, binary = Path(sys.modules["fake_captioner"].__file__).parent, Path(sys.executable).parent/"ray"
+    monkeypatch.setenv("RAY_AUTH_MODE", "token"); monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))     # of this test's own cluster
     env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": f"{folder}{os.pathsep}{project_root()}"}
-    head = subprocess.Popen([binary, "start", "--head", "--block", "--port=0", "--include-dashboard=false", "--num-cpus=4", "--disable-usage-stats"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    head = subprocess.Popen([binary, "start", "--head", "--block", "--port=0", "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--num-cpus=4", "--disable-usage-stats"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     try:
         address = next(line.split("'")[1] for line in head.stdout if "--address='" in line)
         done = driver(folder, world, tmp_path/"out", tmp_path/"notes", 0, address)
