@@ -199,8 +199,10 @@ def picture_claims(study:dict, seed:int=0) -> tuple:
             _row("people", "DSC 95 is not worse than alt-text on prompts as people write them", verdict_bound(people and (people.lo, people.hi), -MARGIN),
                  difference_text("dsc95", "alt", people, people.p if people else 1.) + (" (p not corrected, not used)" if people else ""),
                  f"not worse: the whole interval above −{100*MARGIN:g} points")]
+    others = {a: d for a in arms_of(study) if a != "dsc95" and (d := compare_texts(study, a, "rewritten", "people", kinds, seed))}
+    beside = "".join(f"; {name_of(a)} {points(d.diff, True)} [{points(d.lo, True)}, {points(d.hi, True)}] (not tested)" for a, d in others.items())
     rows.append(_row("rewriting", "Rewriting people's prompts helps the model tuned on descriptive captions", verdict_more(rewritten, p["rewritten"]),
-                     f"DSC 95, rewritten − as written: {points(rewritten.diff, True)} points [{points(rewritten.lo, True)}, {points(rewritten.hi, True)}], {p_text(p['rewritten'])}" if rewritten else "DSC 95 was not evaluated on rewritten prompts", rule))
+                     f"DSC 95, rewritten − as written: {points(rewritten.diff, True)} points [{points(rewritten.lo, True)}, {points(rewritten.hi, True)}], {p_text(p['rewritten'])}{beside}" if rewritten else "DSC 95 was not evaluated on rewritten prompts", rule))
     ranked = rows_of(study, "dsc95", "descriptive")
     first, control = (bootstrap_mean([float(r[k] == 1) for r in ranked], [r["index"] for r in ranked], seed=seed) if ranked else None for k in ("rank", "control"))
     rows.append(_row("first", f"The scorer ranks the true prompt first among {ranked[0]['ranked'] if ranked else 10} for at least 70 % of DSC 95's pictures",
