@@ -399,7 +399,8 @@ def _judge_rest(judge, asked, path, batch_size): # all rows, in order, and how m
 
 def summary_text(summary:dict) -> str: # of judge_folder
     "What a judge found, for people."
-    told = lambda s: f"{100*s['mean']:.1f} % [{100*s['lo']:.1f}, {100*s['hi']:.1f}], {s['n']} judged" if s else "none judged"
+    span = lambda s: f" [{100*s['lo']:.1f}, {100*s['hi']:.1f}]" if s["n"] > 1 else ""   # one picture has no spread
+    told = lambda s: f"{100*s['mean']:.1f} %{span(s)}, {s['n']} judged" if s else "none judged"
     what = "win_rate_A" if "win_rate_A" in summary else "correct"
     lines = [f"{summary['judge']} judged {summary['judged']} of {summary['pictures']} {'pairs' if 'choices' in summary else 'pictures'}"]
     lines += [f"excluded: {', '.join(f'{n} {k}' for k, n in summary['excluded'].items())}"] if summary["excluded"] else []

@@ -612,10 +612,10 @@ def results_table(results:dict) -> str:
     found, summary = list(results["categories"]), results["summary"]
     if not summary: return f"{results['pictures']} pictures, not scored"
     scale = lambda m: 1 if m == "clip" else 100
-    cell = lambda m, v: "-" if v is None else f"{scale(m)*v['mean']:.1f} ±{scale(m)*(v['hi'] - v['lo'])/2:.1f}"
+    cell = lambda m, v, n: "-" if v is None else f"{scale(m)*v['mean']:.1f}" + (f" ±{scale(m)*(v['hi'] - v['lo'])/2:.1f}" if n > 1 else "")   # one picture has no spread
     head = ["", "pictures", *summary]
-    rows = [[c or "all", str(results["categories"][c]), *(cell(m, s["categories"].get(c)) for m, s in summary.items())] for c in found]
-    if len(found) > 1: rows.append(["mean", str(sum(results["categories"].values())), *(cell(m, s["overall"]) for m, s in summary.items())])
+    rows = [[c or "all", str(results["categories"][c]), *(cell(m, v := s["categories"].get(c), v and v["n"]) for m, s in summary.items())] for c in found]
+    if len(found) > 1: rows.append(["mean", str(sum(results["categories"].values())), *(cell(m, s["overall"], min(v["n"] for v in s["categories"].values())) for m, s in summary.items())])
     width = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
     return "\n".join("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, width))).rstrip() for r in (head, *rows))
 
