@@ -11,8 +11,7 @@ from pathlib import Path
 from fastcore.docments import docments, empty
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = (("The start", "00 01"), ("A world of which all is known", "01b 02 03 04"), ("Words and scorers", "05 06 07"), ("Captions", "08 09 10 11 12"),
-         ("Pictures", "13 14 15 16 17 18"), ("The verdict", "19 20 21 22 23 24 25 26"), ("At work", "27 28"))
+PARTS = (("00", "The start"), ("01b", "A world of which all is known"), ("05", "Words and scorers"), ("08", "Captions"), ("13", "Pictures"), ("19", "The verdict"), ("27", "At work"))   # first page, title
 URL = "https://github.com/recap/recap"
 
 
@@ -186,15 +185,13 @@ def convert(path:Path, nb:dict, known:dict, run:Path, scrub) -> dict:
         cells.insert(1, {"cell_type": "markdown", "id": "run-this", "metadata": {}, "source": f"{{.run}}\nRun this page: `make lab`, then open `nbs/{path.name}` · {{download}}`the notebook <notebooks/{path.name}>`"})
     return {"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": nb["metadata"]["kernelspec"], "language_info": {"name": "python"}}, "cells": cells}
 
-def part_of(stem:str) -> str:
-    number = stem.split("_")[0]
-    return next(name for name, heads in reversed(PARTS) for head in heads.split() if number == head or number.rstrip("abcdefgh") == head and not (number in ("01b",) and name == PARTS[0][0]))
+def part_of(stem:str) -> str: return [title for first, title in PARTS if first <= stem][-1]
 
 def toctree(stems:list) -> str:
     groups = {}
     for s in stems: groups.setdefault(part_of(s), []).append(s)
     tree = lambda caption, lines: f"```{{toctree}}\n:hidden:\n:caption: {caption}\n:maxdepth: 1\n\n" + "\n".join(lines) + "\n```\n"
-    return "\n".join(tree(name, [s for s in groups[name]]) for name, _ in PARTS if name in groups) + "\n" + tree("Reference", ["reference/index"])
+    return "\n".join(tree(name, [s for s in groups[name]]) for _, name in PARTS if name in groups) + "\n" + tree("Reference", ["reference/index"])
 
 def write_source(run:Path):
     "All that Sphinx reads."

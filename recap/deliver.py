@@ -17,19 +17,24 @@ from .core import RecapError, atomic_write, keyed_rng, nearest, time_text
 from .corpus import CAPTION_SCHEMA, Corpus, FolderCorpus, Source, caption_note, one_line, open_corpus, plain_text, read_sidecar
 from .formats import ColumnStatistics, clean_key, convert_corpus, put_file
 from .pictures import BadImage, decode_image, file_facts
-from .relabel import ask, check_styles, find_scribes
+from .relabel import ask, check_styles, count_pictures, find_scribes
 from .runs import lock_folder, unlock_folder
 from .servers import picture_url
 
 # %% ../nbs/12b_deliver.ipynb #12be0007
+def _flags(corpus, style, shard) -> dict: # key -> flags; empty where the column has none
+    path = corpus.column(style, shard)
+    if not path.exists() or "flags" not in pq.read_schema(path).names: return {}
+    return {r["key"]: r["flags"] or "" for r in pq.read_table(path, columns=["key", "flags"]).to_pylist()}
+
 def _count(corpus, style, shard, original, q): # one shard of one column, into its counts
     for at, text in (original if style == "alt" else corpus.captions(style, shard)).items():
         q["texts"].add(text or "")
         q["copied"] += bool(style != "alt" and text and one_line(original.get(at, "")) == one_line(text))
     if style == "alt" or not (path := corpus.column(style, shard)).exists(): return
-    for found in pq.read_table(path, columns=["flags"])["flags"].to_pylist() if "flags" in pq.read_schema(path).names else ():
+    for found in _flags(corpus, style, shard).values():
         q["flagged"] += bool(found)
-        q["flags"].update(f for f in (found or "").split(",") if f)
+        q["flags"].update(f for f in found.split(",") if f)
     q["failures"].update(f["reason"] for f in caption_note(path).get("failures", []))
 
 def quality(
@@ -84,9 +89,8 @@ def pick_pictures(
     for shard in corpus.shards:
         marks = {}
         for s in styles:
-            if not (path := corpus.column(s, shard)).exists(): marks |= {k: marks.get(k, False) for _, k in corpus.captions(s, shard)}; continue
-            names = [c for c in ("key", "flags") if c in pq.read_schema(path).names]
-            for row in pq.read_table(path, columns=names).to_pylist(): marks[row["key"]] = marks.get(row["key"], False) or bool(row.get("flags"))
+            flags = _flags(corpus, s, shard)
+            for _, key in corpus.captions(s, shard): marks[key] = marks.get(key, False) or bool(flags.get(key))
         for key, bad in marks.items():
             pool, seen[bad] = pools[bad], seen[bad] + 1
             if len(pool) < n: pool.append((shard, key))
@@ -107,12 +111,12 @@ def sheet_cards(
     for shard in {shard for shard, _ in picked}:
         sources, wanted = {s.key: s for s in corpus.sources(shard)}, [k for sh, k in picked if sh == shard]
         columns = {s: corpus.captions(s, shard) for s in styles}
-        flags = {s: {r["key"]: r["flags"] for r in pq.read_table(p, columns=["key", "flags"]).to_pylist()} for s in styles if (p := corpus.column(s, shard)).exists() and "flags" in pq.read_schema(p).names}
+        flags = {s: _flags(corpus, s, shard) for s in styles}
         for key in wanted:
             source, picture = sources.get(key), None
             try: picture = source and picture_url(decode_image(source.read(), side, "inside"), side)
             except (BadImage, OSError): pass
-            texts = [(s, columns[s].get((shard, key)) or "", (flags.get(s, {}).get(key) or "").split(",")) for s in styles]
+            texts = [(s, columns[s].get((shard, key)) or "", flags[s].get(key, "").split(",")) for s in styles]
             found[shard, key] = dict(picture=picture, name=key, texts=[("original", source.alt if source else "", [""]), *texts])
     yield from (found[at] for at in picked)
 
@@ -197,8 +201,6 @@ def _draw(corpus, shards, n, seed): # n pictures from at most 16 of the shards
     pool = [(shard, s) for shard in some for s in corpus.sources(shard)]
     return rng.sample(pool, min(n, len(pool)))
 
-def _pictures(corpus, shard): return (corpus.stats(shard).get("successes") if hasattr(corpus, "stats") else None) or len(corpus.sources(shard))
-
 def _table_bytes(rows): # of a table with these rows
     pq.write_table(pa.Table.from_pylist([{k: r.get(k) for k in CAPTION_SCHEMA.names} for r in rows], schema=CAPTION_SCHEMA), out := pa.BufferOutputStream())
     return out.getvalue().size
@@ -236,7 +238,7 @@ def estimate(
     styles, clock = check_styles(styles), time.perf_counter
     scribes = find_scribes(captioner, styles)
     todo = {s: [shard for shard in corpus.shards if not corpus.has_captions(s, shard)] for s in styles}
-    count = {shard: _pictures(corpus, shard) for shard in sorted({sh for t in todo.values() for sh in t})}
+    count = {shard: count_pictures(corpus, {shard: {"": None}}) for shard in sorted({sh for t in todo.values() for sh in t})}
     n = {s: sum(count[shard] for shard in t) for s, t in todo.items()}
     told = dict(path=str(corpus.path), kind=corpus.kind, styles=styles, images=sum(count.values()), todo=n, engine=engine, workers=workers)
     if not any(n.values()): return told | dict(sampled=0, seconds=[0., 0., 0.], tokens=[0., 0., 0.], money=None, bytes=0, unreadable=0, flags={}, examples=[])
@@ -376,10 +378,8 @@ def write_table(
     n = 0
     with atomic_write(path) as f, pq.ParquetWriter(f, schema) as table:
         for shard in corpus.shards:
-            columns, flags = {s: corpus.captions(s, shard) for s in styles}, {}
-            for s in styles:
-                if (p := corpus.column(s, shard)).exists() and "flags" in pq.read_schema(p).names: flags[s] = {r["key"]: r["flags"] for r in pq.read_table(p, columns=["key", "flags"]).to_pylist()}
-            rows = [dict(shard=shard, key=s.key, original=s.alt) | {st: c.get((shard, s.key)) for st, c in columns.items()} | {f"{st}_flags": flags.get(st, {}).get(s.key) for st in styles} for s in corpus.sources(shard)]
+            columns, flags = {s: corpus.captions(s, shard) for s in styles}, {s: _flags(corpus, s, shard) for s in styles}
+            rows = [dict(shard=shard, key=s.key, original=s.alt) | {st: c.get((shard, s.key)) for st, c in columns.items()} | {f"{st}_flags": flags[st].get(s.key) for st in styles} for s in corpus.sources(shard)]
             table.write_table(pa.Table.from_pylist(rows, schema=schema))
             n += len(rows)
     return {"pictures": n}

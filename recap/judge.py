@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'FAULTS', 'PLANTS', 'CHOICES', 'MARGIN', 'LOCAL', 'Verdict', 'judge_prompts', 'FactJudge', 'plant_error',
-           'Case', 'draw_cases', 'Choice', 'judge_cases', 'measure_judge', 'last_word', 'ServerJudge', 'open_judge',
-           'read_pictures', 'summarise_verdicts', 'judge_folder', 'summary_text', 'JudgeConfig', 'run_judge',
-           'plot_judges']
+           'Case', 'draw_cases', 'Choice', 'judge_cases', 'measure_judge', 'ServerJudge', 'open_judge', 'read_pictures',
+           'summarise_verdicts', 'judge_folder', 'summary_text', 'JudgeConfig', 'run_judge', 'plot_judges']
 
 # %% ../nbs/23_judge.ipynb #23c0f002
 import dataclasses, hashlib, itertools, json, re
@@ -22,7 +21,7 @@ from .ratings import agreement
 from .reader import one_way, read_facts
 from .runs import lock_folder, unlock_folder
 from .scorers import SIZE, Detector, Shown, change_one, people_text
-from .servers import Reply, Server, ServerConfig, as_picture, message
+from .servers import Reply, Server, ServerConfig, as_picture, last_word, message
 from .statistics import bootstrap_mean
 from .vqa import Known, VQAScorer, question_of
 from .world import Scene, WorldConfig, render, sample_scene
@@ -221,18 +220,6 @@ def measure_judge(
         out["pair"] = plain(bootstrap_mean(pairs, seed=seed)) if pairs else None
         return out | {"alpha": _alpha([[True]*len(rows) + [False]*len(rows), [r[k].correct for k in ("right", "wrong") for r in rows]])}
     return {kind: of([r for r in rows if r["kind"] == kind]) for kind in dict.fromkeys(r["kind"] for r in rows)} | {"all": of(rows)}
-
-# %% ../nbs/23_judge.ipynb #23c0f019
-_DOUBT = {"not", "n't", "never", "hardly", "barely", "partly", "partially", "mostly", "almost", "nearly", "nor", "or", "no"}
-
-def last_word(
-    text:str,      # a reply
-    words:tuple,   # the verdicts; a single letter counts only as it is written
-) -> str:          # one of them, or ""
-    "The verdict at the end of a reply, if there is one."
-    said = re.findall(r"n['’]t\b|[^\W\d_]+?(?=n['’]t\b)|[^\W\d_]+|\d+|\?", re.sub(r"<[^>]*>", " ", text))
-    if not said or len(said) > 1 and said[-2].lower().replace("’", "'") in _DOUBT: return ""
-    return next((w for w in words if said[-1] == w or len(w) > 1 and said[-1].lower() == w), "")
 
 # %% ../nbs/23_judge.ipynb #23c0f01e
 def _verdict_in(reply:Reply, words): # the verdict, the reasons, the fault

@@ -11,6 +11,7 @@ __all__ = ['DRAWBENCH', 'GENEVAL', 'T2I', 'SUITES', 'BENCH', 'MEASURES', 'OFFICI
 
 # %% ../nbs/22a_suites.ipynb #22a00003
 import collections, csv, dataclasses, json, re, sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -564,7 +565,7 @@ def _facts_row(facts, ps, trust) -> dict: # right: of each fact; facts, all: of 
 def _questions(rows, images, prompts, vqa, phrases):
     "B-VQA or VQAScore of each row. A prompt without a noun phrase has none, and not 1."
     from recap import questions
-    for name, score in (("b_vqa", questions.b_vqa), ("vqa_score", questions.vqa_score)):
+    for name, score in (("b_vqa", questions.b_vqa), ("vqa_score", partial(questions.vqa_score, long="split"))):   # a prompt that the model cannot read at once, in its parts
         mine = [i for i, r in enumerate(rows) if (r["category"] in phrases) == (name == "b_vqa") and (name == "vqa_score" or questions.noun_phrases(prompts[i])[1])]
         for i, r in zip(mine, score(vqa, [images[i] for i in mine], [prompts[i] for i in mine]).rows if mine else ()): rows[i][name] = None if r["score"] is None else round(r["score"], 4)
 

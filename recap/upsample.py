@@ -22,7 +22,7 @@ from .fit import FitConfig, fit, step_indices
 from .language import (COLOUR_WORDS, COUNT_WORDS, PLACE_WORDS, POSITION_WORDS, STYLE_TAGS, WEATHER_TAGS, article, descriptive_caption, frame_of, noun_phrase, partial_phrase,
                             people_prompt, plural_of, short_caption)
 from .reader import one_way, read_facts, same_things
-from .servers import Reply, ReplyStore, Server, ServerConfig, message, text_flags
+from .servers import Reply, ReplyStore, Server, ServerConfig, last_word, message, text_flags
 from .text import load_tokenizer, pad, train_tokenizer
 from .world import KINDS, Thing, nouns, scenes_of
 
@@ -413,8 +413,7 @@ def verdict(
     reply:str,
 ) -> bool|None:   # None: there is none
     "The last word of a reply, if it is yes or no."
-    last = (reply.replace("*", " ").strip(" .!\"'\n").split() or [""])[-1].lower().strip(".,:;!\"'()")
-    return {"yes": True, "no": False}.get(last)
+    return {"yes": True, "no": False}.get(last_word(reply, ("yes", "no")))
 
 def server_judge(
     server:Server,

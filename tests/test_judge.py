@@ -17,11 +17,11 @@ from PIL import Image
 
 from recap.command import run_command
 from recap.core import RecapError
-from recap.judge import (CHOICES, PLANTS, VERDICTS, Choice, FactJudge, ServerJudge, Verdict, draw_cases, judge_cases, judge_folder, judge_prompts, last_word, measure_judge,
+from recap.judge import (CHOICES, PLANTS, VERDICTS, Choice, FactJudge, ServerJudge, Verdict, draw_cases, judge_cases, judge_folder, judge_prompts, measure_judge,
                          open_judge, read_pictures, summarise_verdicts)
 from recap.reader import read_facts
 from recap.scorers import Shown
-from recap.servers import Loopback, Server, ServerConfig, Stopped, as_picture, picture_url
+from recap.servers import last_word, Loopback, Server, ServerConfig, Stopped, as_picture, picture_url
 from recap.vqa import Known
 from recap.world import render
 

@@ -517,3 +517,12 @@ def test_distances_from_real_pictures(tmp_path):
     assert abs(go(tmp_path/"a")["fid"]) < 1e-3
     with pytest.raises(RecapError, match="expected a folder of real pictures"): go(tmp_path/"nothing")
     with pytest.raises(RecapError, match="needs features"): su.evaluate_images(tmp_path/"a", suite, scorers=su.Scorers(), reference=tmp_path/"b")
+
+
+def test_a_prompt_longer_than_the_vqa_model_reads_is_asked_in_parts(tmp_path):
+    from recap.questions import open_vqa
+    vqa, prompt = open_vqa(), ", ".join(["a red cat on the left", "a green boat on the right"]*6)
+    assert vqa.tokens(vqa.whole.replace("{text}", prompt)) > vqa.room
+    Image.new("RGB", (64, 64), "red").save(path := tmp_path/"0_0.png")
+    row, = su.score_pictures([su.Picture(su.Ask(0, prompt), 0, path)], su.Scorers(vqa=vqa))
+    assert 0 <= row["vqa_score"] <= 1
